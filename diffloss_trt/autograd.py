@@ -1,0 +1,81 @@
+"""Gradients that do not come from PyTorch's tape of the forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from diffloss_trt.objective import combine, mean_square
+from diffloss_trt.unet import Features, TappedUNet
+
+
+class Cotangents:
+    """The gradient of each sample's loss with respect to the restored branch's features.
+
+    Both are kept at order one, so that they survive half precision: `exponent` [B] is the power of
+    two that was taken out of each sample. It is put back in float32 behind the UNet's backward, which is linear.
+    """
+
+    def __init__(self, restored: Features, target: Features, naturalness_weight: float, semantic_weight: float) -> None:
+        with torch.enable_grad():
+            leaves = [
+                feature.detach().to(torch.promote_types(feature.dtype, torch.float32)).requires_grad_()
+                for feature in (restored.bottleneck, restored.noise)
+                if feature is not None
+            ]
+            semantic = mean_square(leaves[0] - target.bottleneck)
+            naturalness = (
+                mean_square(leaves[1] - target.noise) if restored.noise is not None else torch.zeros_like(semantic)
+            )
+            gradients = torch.autograd.grad(
+                combine(naturalness, semantic, naturalness_weight, semantic_weight).sum(), leaves
+            )
+        largest = torch.stack([gradient.flatten(1).abs().amax(1) for gradient in gradients]).amax(0)
+        self.exponent = torch.frexp(largest).exponent
+        scaled = [torch.ldexp(gradient, -_per_sample(self.exponent, gradient)) for gradient in gradients]
+        self.bottleneck = scaled[0]
+        self.noise = scaled[1] if len(scaled) == 2 else None
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def input_gradient(unet: TappedUNet, noisy: Tensor, timesteps: Tensor, cotangents: Cotangents) -> Tensor:
+    """Return the gradient of each sample's loss with respect to `noisy`, in its dtype, by running the UNet in PyTorch."""
+    leaf = noisy.detach().requires_grad_()
+    with torch.enable_grad():
+        features = unet.features(leaf, timesteps, with_noise=cotangents.noise is not None)
+    outputs, gradients = [features.bottleneck], [cotangents.bottleneck]
+    if features.noise is not None and cotangents.noise is not None:
+        outputs.append(features.noise)
+        gradients.append(cotangents.noise)
+    typed = [gradient.to(output.dtype) for output, gradient in zip(outputs, gradients, strict=True)]
+    (gradient,) = torch.autograd.grad(outputs, leaf, typed)
+    return torch.ldexp(gradient, _per_sample(cotangents.exponent, gradient))
+
+
+class Recompute(torch.autograd.Function):
+    """Gives `total` [B], computed without a tape, its gradient with respect to `noisy`: PyTorch re-runs the UNet.
+
+    The cotangents come from the features of the forward pass, which were computed alike for both branches; PyTorch
+    supplies the UNet's Jacobian only. So a difference between two runtimes' rounding never enters the gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, noisy: Tensor, total: Tensor, timesteps: Tensor, cotangents: Cotangents, unet: TappedUNet
+    ) -> Tensor:
+        ctx.save_for_backward(noisy, timesteps)
+        ctx.cotangents, ctx.unet = cotangents, unet
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        noisy, timesteps = ctx.saved_tensors
+        gradient = input_gradient(ctx.unet, noisy, timesteps, ctx.cotangents)
+        return gradient * _per_sample(upstream, gradient), None, None, None, None

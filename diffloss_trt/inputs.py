@@ -1,0 +1,120 @@
+"""Checks of what a trainer passes in, in one place: each message pairs what came with what was expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffloss_engine.errors import InputError, InputTypeError
+
+# How far beyond `value_range` images may go, in widths of the range. Targets come from files and may overshoot by
+# resampling; a network that has just been initialised may be anywhere near, but not at 255 when told 1.
+TARGET_OVERSHOOT = 0.1
+RESTORED_OVERSHOOT = 25.0
+
+
+def check_settings(
+    naturalness_weight: float, semantic_weight: float, reduction: str, value_range: Sequence[float]
+) -> tuple[float, float]:
+    """Check the settings of a DiffLoss; return `value_range` as (low, high)."""
+    for name, weight in (("naturalness_weight", naturalness_weight), ("semantic_weight", semantic_weight)):
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise InputTypeError(f"{name} is a {type(weight).__name__}; expected a number")
+        if not math.isfinite(weight) or weight < 0:
+            raise InputError(f"{name} is {weight}; expected a finite number >= 0")
+    if reduction not in ("mean", "none"):
+        raise InputError(f"reduction is {reduction!r}; expected 'mean' or 'none'")
+    if not isinstance(value_range, Sequence) or len(value_range) != 2:
+        raise InputTypeError(f"value_range is {value_range!r}; expected (low, high), such as (0.0, 1.0)")
+    low, high = (float(bound) for bound in value_range)
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise InputError(f"value_range is ({low}, {high}); expected finite bounds with low < high")
+    return low, high
+
+
+def _check_tensor(name: str, image: Tensor, shape: Sequence[int], device: torch.device) -> None:
+    if not isinstance(image, Tensor):
+        raise InputTypeError(f"{name} is a {type(image).__name__}; expected a torch.Tensor")
+    if not image.is_floating_point():
+        raise InputTypeError(f"{name} has dtype {image.dtype}; expected a floating-point dtype")
+    if list(image.shape) != list(shape):
+        raise InputError(f"{name} has shape {list(image.shape)}; expected {list(shape)}")
+    if image.device != device:
+        raise InputTypeError(f"{name} is on {image.device}; expected {device}, where the loss is")
+
+
+def _check_values(name: str, image: Tensor, low: float, high: float, overshoot: float) -> None:
+    smallest, largest = image.detach().aminmax()
+    values = torch.stack((smallest, largest)).tolist()  # one transfer; NaN anywhere makes both NaN
+    if not all(math.isfinite(value) for value in values):
+        raise InputError(f"{name} holds NaN or infinite values")
+    margin = overshoot * (high - low)
+    if values[0] < low - margin or values[1] > high + margin:
+        raise InputError(
+            f"{name} has values from {values[0]:.4g} to {values[1]:.4g}; "
+            f"expected about {low:g} to {high:g} (value_range={low, high})"
+        )
+
+
+def check_images(
+    restored: Tensor,
+    target: Tensor,
+    *,
+    channels: int,
+    resolution: tuple[int, int] | None,
+    multiple: int,
+    device: torch.device,
+    value_range: tuple[float, float],
+    values: bool,
+) -> None:
+    """Check a pair of image batches; `resolution` None admits any multiple of `multiple`.
+
+    `values` says whether to look at the pixels too (NaN, infinity, range), which on a GPU waits for it.
+    """
+    if not isinstance(restored, Tensor):
+        raise InputTypeError(f"restored is a {type(restored).__name__}; expected a torch.Tensor")
+    if restored.ndim != 4:
+        raise InputError(f"restored has shape {list(restored.shape)}; expected four axes [B, {channels}, H, W]")
+    batch, _, height, width = restored.shape
+    if batch == 0:
+        raise InputError(f"restored has shape {list(restored.shape)}; expected at least one image")
+    if resolution is not None:
+        height, width = resolution
+    elif height == 0 or width == 0 or height % multiple or width % multiple:
+        raise InputError(
+            f"restored is {height}x{width}; expected height and width to be multiples of {multiple}, as this UNet needs"
+        )
+    shape = (batch, channels, height, width)
+    _check_tensor("restored", restored, shape, device)
+    _check_tensor("target", target, shape, device)
+    if target.requires_grad:
+        raise InputError("target requires grad; the loss has no gradient for it: pass target.detach()")
+    if values:
+        _check_values("restored", restored, *value_range, RESTORED_OVERSHOOT)
+        _check_values("target", target, *value_range, TARGET_OVERSHOOT)
+
+
+def check_noise(noise: Tensor, restored: Tensor) -> None:
+    """Check that `noise` is a floating-point tensor like `restored`, without gradient."""
+    _check_tensor("noise", noise, restored.shape, restored.device)
+    if noise.requires_grad:
+        raise InputError("noise requires grad; the loss has no gradient for it: pass noise.detach()")
+
+
+def check_timesteps(timesteps: Tensor, batch: int, count: int, device: torch.device, *, values: bool) -> None:
+    """Check that `timesteps` are integers [B] in [0, count)."""
+    if not isinstance(timesteps, Tensor):
+        raise InputTypeError(f"timesteps is a {type(timesteps).__name__}; expected an integer torch.Tensor [{batch}]")
+    if timesteps.is_floating_point() or timesteps.is_complex() or timesteps.dtype == torch.bool:
+        raise InputTypeError(f"timesteps has dtype {timesteps.dtype}; expected an integer dtype")
+    if list(timesteps.shape) != [batch]:
+        raise InputError(f"timesteps has shape {list(timesteps.shape)}; expected [{batch}], one per image")
+    if timesteps.device != device:
+        raise InputTypeError(f"timesteps is on {timesteps.device}; expected {device}, where the loss is")
+    if values:
+        low, high = (int(bound) for bound in timesteps.aminmax())
+        if low < 0 or high >= count:
+            raise InputError(f"timesteps has values from {low} to {high}; expected 0 to {count - 1}")

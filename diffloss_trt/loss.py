@@ -1,0 +1,256 @@
+"""DiffLoss as a trainer sees it: a module that maps restored and target images to a loss."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from diffloss_engine.bundle import Bundle
+from diffloss_engine.errors import BackendUnavailableError, InputError
+from diffloss_engine.tensors import concrete_device
+from diffloss_trt.contract import SCHEDULE
+from diffloss_trt.evaluators import EagerEvaluator, Evaluator, RecomputeEvaluator
+from diffloss_trt.inputs import check_images, check_noise, check_settings, check_timesteps
+from diffloss_trt.objective import Terms
+from diffloss_trt.schedule import NoiseSchedule
+from diffloss_trt.unet import TappedUNet, reload_unet
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "onnxruntime", "torch")
+BACKWARDS = ("recompute",)
+
+
+class DiffLoss(nn.Module):
+    """A frozen diffusion UNet as a loss for image restoration (Tan & Zhao, ACCV 2024).
+
+    Restored and target are mixed with the same noise at the same timestep, and the UNet's predicted
+    noise (naturalness) and bottleneck features (semantic) of both are compared by mean squared difference.
+    Make one with `load` (from an exported bundle) or `from_unet` (from a diffusers UNet, on eager PyTorch).
+
+    The frozen weights are in neither `parameters()` nor `state_dict()`. Copies of a module share them.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        *,
+        naturalness_weight: float = 1e-3,
+        semantic_weight: float = 1e-6,
+        reduction: str = "mean",
+        value_range: Sequence[float] = (0.0, 1.0),
+    ) -> None:
+        super().__init__()
+        self.value_range = check_settings(naturalness_weight, semantic_weight, reduction, value_range)
+        self.naturalness_weight = float(naturalness_weight)
+        self.semantic_weight = float(semantic_weight)
+        self.reduction = reduction
+        self.evaluator = evaluator
+
+    @classmethod
+    def from_unet(
+        cls,
+        unet: Any,
+        scheduler: Any,
+        *,
+        naturalness_weight: float = 1e-3,
+        semantic_weight: float = 1e-6,
+        reduction: str = "mean",
+        value_range: Sequence[float] = (0.0, 1.0),
+    ) -> Self:
+        """Return the loss on eager PyTorch: the reference for every other backend.
+
+        `unet` is an unconditional `diffusers.UNet2DModel`; it is frozen and put into eval mode in place,
+        and stays on its device. `scheduler` is a diffusers scheduler with a table of betas, or a `NoiseSchedule`. Images
+        may have any size that the UNet can take. Raises `ModelError` for a UNet or scheduler that cannot be used,
+        `InputError` and `InputTypeError` for bad settings; see `load` for those.
+        """
+        check_settings(naturalness_weight, semantic_weight, reduction, value_range)
+        schedule = scheduler if isinstance(scheduler, NoiseSchedule) else NoiseSchedule.from_scheduler(scheduler)
+        tapped = TappedUNet(unet, schedule)
+        return cls(
+            EagerEvaluator(tapped, next(unet.parameters()).device),
+            naturalness_weight=naturalness_weight,
+            semantic_weight=semantic_weight,
+            reduction=reduction,
+            value_range=value_range,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | PathLike[str],
+        backend: str = "auto",
+        device: str | torch.device | None = None,
+        naturalness_weight: float = 1e-3,
+        semantic_weight: float = 1e-6,
+        backward: str = "recompute",
+        reduction: str = "mean",
+        value_range: Sequence[float] = (0.0, 1.0),
+    ) -> Self:
+        """Return the loss on a bundle that `diffloss-export onnx` wrote.
+
+        Args:
+            bundle: the bundle's folder.
+            backend: "onnxruntime", "torch", or "auto", which takes the first of these that works here.
+            device: where images will be; by default the GPU if there is one.
+            naturalness_weight: weight of the predicted noise's difference, >= 0; zero leaves its work out.
+            semantic_weight: weight of the bottleneck's difference, >= 0.
+            backward: "recompute": the engine runs forward, PyTorch re-runs the UNet for the gradient.
+            reduction: "mean" over the batch, or "none" for a loss of each sample.
+            value_range: the range of the images passed in, (low, high).
+
+        Raises:
+            BundleError: the folder is no bundle, or was written by a newer version.
+            IntegrityError: a file of the bundle is missing, was altered, or does not belong to it.
+            BackendUnavailableError: the backend cannot run here.
+            InputError, InputTypeError: a setting cannot be used.
+        """
+        check_settings(naturalness_weight, semantic_weight, reduction, value_range)
+        if backend not in BACKENDS:
+            raise InputError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+        if backward not in BACKWARDS:
+            raise InputError(f"backward is {backward!r}; expected one of {', '.join(BACKWARDS)}")
+        place = choose_device(device)
+        evaluator = _open(Bundle.open(bundle), backend, place)
+        return cls(
+            evaluator,
+            naturalness_weight=naturalness_weight,
+            semantic_weight=semantic_weight,
+            reduction=reduction,
+            value_range=value_range,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where images are expected."""
+        return self.evaluator.device
+
+    def forward(
+        self,
+        restored: Tensor,
+        target: Tensor,
+        *,
+        timesteps: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the weighted loss: a scalar, or [B] with reduction "none". For the arguments see `terms`."""
+        total = self.terms(restored, target, timesteps=timesteps, noise=noise, generator=generator).total
+        return total.mean() if self.reduction == "mean" else total
+
+    def terms(
+        self,
+        restored: Tensor,
+        target: Tensor,
+        *,
+        timesteps: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Terms:
+        """Return (total, naturalness, semantic) of each sample, [B] each, unweighted but for `total`.
+
+        Only `total` carries the gradient. A term of weight zero is not computed and is zero.
+
+        Args:
+            restored: what the network made, [B, C, H, W], floating point, in `value_range`.
+            target: the ground truth, like `restored`, without gradient.
+            timesteps: integers [B] in [0, T); by default uniform over the schedule.
+            noise: standard normal noise like `restored`; drawn by default. Both branches share it.
+            generator: source of the random draws, on any device; by default PyTorch's global one.
+
+        Raises:
+            InputError: wrong rank, channels, size, value range, NaN or infinity, timesteps outside the schedule,
+                or a target that requires grad. On a GPU looking at values waits for the GPU, so it is left out while
+                a CUDA graph is captured.
+            InputTypeError: wrong type, dtype or device.
+        """
+        evaluator = self.evaluator
+        values = restored.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+        check_images(
+            restored,
+            target,
+            channels=evaluator.channels,
+            resolution=evaluator.resolution,
+            multiple=evaluator.resolution_multiple,
+            device=self.device,
+            value_range=self.value_range,
+            values=values,
+        )
+        batch, count = len(restored), len(evaluator.schedule)
+        drawn_on = generator.device if generator is not None else self.device
+        if timesteps is None:
+            timesteps = torch.randint(count, (batch,), generator=generator, device=drawn_on).to(self.device)
+        else:
+            check_timesteps(timesteps, batch, count, self.device, values=values)
+        if noise is None:
+            noise = torch.randn(restored.shape, generator=generator, device=drawn_on).to(self.device)
+        else:
+            check_noise(noise, restored)
+
+        # Half-precision images are widened: their mixture with noise would lose the digits that the loss lives on.
+        dtype = torch.promote_types(restored.dtype, torch.float32)
+        low, high = self.value_range
+        centred, centred_target = ((image.to(dtype) - low) * (2 / (high - low)) - 1 for image in (restored, target))
+        weights = (self.naturalness_weight, self.semantic_weight)
+        if weights == (0.0, 0.0):
+            zero = centred.flatten(1)[:, :0].sum(1)  # zero, and still attached to `restored`
+            return Terms(zero, zero.detach(), zero.detach())
+        return evaluator.terms(centred, centred_target, noise.to(dtype), timesteps, weights)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Called by .to(), .cuda() and the like. The module holds no tensors itself: ask where `fn` would put one.
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, device=self.device)).device
+        if device != self.device:
+            self.evaluator = self.evaluator.to(device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"naturalness_weight={self.naturalness_weight:g}, semantic_weight={self.semantic_weight:g}, "
+            f"backend={self.evaluator.backend}, device={self.device}, reduction={self.reduction}, value_range={self.value_range}"
+        )
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Return the device meant by `device`, None being the GPU if there is one; with an index if it is a GPU.
+
+    Raises `InputError` for anything but a CPU or CUDA device, `BackendUnavailableError` if it is not there.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device is {device!r}; expected 'cpu', 'cuda' or 'cuda:N'") from error
+    if place.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {place}; expected 'cpu', 'cuda' or 'cuda:N'")
+    if place.type == "cuda":
+        if not torch.cuda.is_available():
+            raise BackendUnavailableError(f"device is {place}, but PyTorch sees no CUDA GPU here")
+        if place.index is not None and place.index >= torch.cuda.device_count():
+            raise BackendUnavailableError(
+                f"device is {place}, but there are only {torch.cuda.device_count()} GPUs here"
+            )
+    return concrete_device(place)
+
+
+def _open(bundle: Bundle, backend: str, device: torch.device) -> Evaluator:
+    if backend == "torch":
+        schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
+        return EagerEvaluator(TappedUNet(reload_unet(bundle, torch.float32, device), schedule), device)
+    if backend == "onnxruntime":
+        return RecomputeEvaluator(bundle, backend, device)
+    try:
+        evaluator = RecomputeEvaluator(bundle, "onnxruntime", device)
+    except BackendUnavailableError as error:
+        logger.warning("backend auto: torch on %s, because onnxruntime cannot run: %s", device, error)
+        return _open(bundle, "torch", device)
+    logger.info("backend auto: onnxruntime on %s", device)
+    return evaluator

@@ -1,0 +1,39 @@
+"""Every error the project raises on purpose: one root, each also the builtin a caller would expect."""
+
+from __future__ import annotations
+
+
+class DiffLossError(Exception):
+    """Root of all errors of this project; catching it catches nothing else."""
+
+
+class InputError(DiffLossError, ValueError):
+    """An argument, image or setting has a value, shape or range that cannot be used."""
+
+
+class InputTypeError(DiffLossError, TypeError):
+    """An argument or tensor has a type, dtype or device that cannot be used."""
+
+
+class ModelError(DiffLossError, ValueError):
+    """A model source cannot be read, or its architecture is not one that can be exported."""
+
+
+class BundleError(DiffLossError, ValueError):
+    """A bundle is missing, malformed, written by a newer version, or points outside its folder."""
+
+
+class IntegrityError(BundleError):
+    """A file of a bundle is missing, was altered, or does not belong to it."""
+
+
+class ParityError(DiffLossError, ArithmeticError):
+    """A graph's values or gradients differ from eager PyTorch by more than the tolerance."""
+
+
+class BackendUnavailableError(DiffLossError, RuntimeError):
+    """The backend asked for cannot run here: package, device, kernel or graph is missing."""
+
+
+class BackendError(DiffLossError, RuntimeError):
+    """A backend that was running failed."""

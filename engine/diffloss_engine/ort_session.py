@@ -1,0 +1,191 @@
+"""ONNX graphs in ONNX Runtime, on the CPU or on a CUDA device, in torch's own memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diffloss_engine.errors import BackendError, BackendUnavailableError, BundleError, InputError
+from diffloss_engine.tensors import DTYPES, TensorSpec, check_tensors, concrete_device
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# ONNX Runtime's names for element types, where they are not ours.
+_ELEMENT_NAMES = {"float32": "float", "float64": "double"}
+
+
+class OrtSession:
+    """One ONNX graph in ONNX Runtime; see `Session` for the contract and `open_session` for the arguments.
+
+    Inputs are read and outputs written where torch keeps them, without a copy, except that a non-contiguous input is
+    first made contiguous. On CUDA the graph runs on a stream of the session's own, which waits for torch's current
+    stream and is waited for by it; TF32 is off.
+    """
+
+    backend = "onnxruntime"
+
+    def __init__(
+        self,
+        graph_file: Path,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        *,
+        device: torch.device,
+        threads: int | None = None,
+    ) -> None:
+        if threads is not None and threads < 1:
+            raise InputError(f"threads is {threads}, expected at least 1, or None for torch's own number")
+        runtime = _import_runtime()
+        provider = _usable_provider(runtime, device)
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self.device = concrete_device(device)
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # Runs on one CUDA stream share its cuBLAS and cuDNN handles, which only one thread may use at a time.
+        self._enqueuing = threading.Lock()
+        self._run_options = runtime.RunOptions()
+        if self._stream is not None:
+            # Without this, each run would end by waiting for the GPU; torch's stream waits instead.
+            self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        session = _create(runtime, graph_file, provider, self._provider_options(), threads)
+        if provider not in session.get_providers():
+            raise BackendUnavailableError(
+                f"ONNX Runtime opened {graph_file} with {session.get_providers()}, without the {provider} asked for"
+            )
+        _compare(graph_file, "inputs", session.get_inputs(), self.inputs)
+        _compare(graph_file, "outputs", session.get_outputs(), self.outputs)
+        self._session: onnxruntime.InferenceSession | None = session
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        session = self._session
+        if session is None:
+            raise BackendError("the session was closed")
+        check_tensors(self.inputs, inputs, self.device)
+        # Copies, where they are made, live in this list until the run has been enqueued. A lazily negated tensor
+        # (the imaginary part of a conjugate) would otherwise be read with the wrong sign.
+        given = [inputs[spec.name].detach().resolve_neg().contiguous() for spec in self.inputs]
+        made = [torch.empty(spec.shape, dtype=spec.torch_dtype, device=self.device) for spec in self.outputs]
+        if self._stream is None:
+            self._run(session, given, made)
+        else:
+            self._run_on_stream(session, self._stream, given, made)
+        return {spec.name: tensor for spec, tensor in zip(self.outputs, made, strict=True)}
+
+    def close(self) -> None:
+        # A run in another thread holds its own reference, so that the memory goes when that run is over.
+        self._session = None
+
+    def _provider_options(self) -> dict[str, str]:
+        if self._stream is None:
+            return {}
+        return {
+            "device_id": str(self.device.index),
+            "user_compute_stream": str(self._stream.cuda_stream),
+            # TF32 has the mantissa of fp16, in a graph that asks for fp32.
+            "use_tf32": "0",
+            # The default doubles the arena whenever it grows, at the expense of the training it runs beside.
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+
+    def _run_on_stream(
+        self,
+        session: onnxruntime.InferenceSession,
+        stream: torch.cuda.Stream,
+        given: Sequence[Tensor],
+        made: Sequence[Tensor],
+    ) -> None:
+        current = torch.cuda.current_stream(self.device)
+        with self._enqueuing, torch.cuda.device(self.device):
+            for tensor in (*given, *made):
+                tensor.record_stream(stream)
+            if any(memory.name != "Cuda" for memory in session.get_input_memory_infos()):
+                # An input that a CPU kernel consumes is copied to the host when it is bound, not in stream order.
+                current.synchronize()
+            stream.wait_stream(current)
+            try:
+                self._run(session, given, made)
+            finally:
+                # Also after a failure: what had been enqueued by then may still be running.
+                current.wait_stream(stream)
+
+    def _run(self, session: onnxruntime.InferenceSession, given: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+        place = (self.device.type, self.device.index or 0)
+        try:
+            binding = session.io_binding()
+            for spec, tensor in zip(self.inputs, given, strict=True):
+                binding.bind_input(spec.name, *place, DTYPES[spec.dtype].onnx, spec.shape, tensor.data_ptr())
+            for spec, tensor in zip(self.outputs, made, strict=True):
+                binding.bind_output(spec.name, *place, DTYPES[spec.dtype].onnx, spec.shape, tensor.data_ptr())
+            session.run_with_iobinding(binding, self._run_options)
+        # ONNX Runtime's exceptions share no base class but this one.
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed: {error}") from error
+
+
+def _import_runtime() -> ModuleType:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"ONNX Runtime cannot be imported ({error}): install 'onnxruntime', or 'onnxruntime-gpu' for CUDA"
+        ) from error
+    module: ModuleType = onnxruntime
+    return module
+
+
+def _usable_provider(runtime: ModuleType, device: torch.device) -> str:
+    provider = _PROVIDERS.get(device.type)
+    if provider is None:
+        raise BackendUnavailableError(f"ONNX Runtime is not used on device {device}; it is on {list(_PROVIDERS)}")
+    missing = []
+    if device.type == "cuda" and not torch.cuda.is_available():
+        missing.append("a GPU that torch can use (torch.cuda.is_available() is False)")
+    if provider not in runtime.get_available_providers():
+        missing.append(f"ONNX Runtime's {provider} (install 'onnxruntime-gpu' instead of 'onnxruntime')")
+    if missing:
+        raise BackendUnavailableError(f"ONNX Runtime cannot run on {device}; missing: {'; '.join(missing)}")
+    return provider
+
+
+def _create(
+    runtime: ModuleType, graph_file: Path, provider: str, provider_options: dict[str, str], threads: int | None
+) -> onnxruntime.InferenceSession:
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+    options.inter_op_num_threads = 1
+    # Spinning threads would steal cores from data loaders.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Errors come as exceptions; warnings about single nodes are not for the user of a loss.
+    options.log_severity_level = 3
+    states = runtime.capi.onnxruntime_pybind11_state
+    try:
+        return runtime.InferenceSession(
+            graph_file,
+            sess_options=options,
+            providers=[(provider, provider_options)],
+            # Otherwise a provider that fails is replaced by another, with a line on stdout.
+            enable_fallback=0,
+        )
+    except (states.NoSuchFile, states.InvalidProtobuf) as error:
+        raise BundleError(f"{graph_file} cannot be read by ONNX Runtime: {error}") from error
+    # ONNX Runtime's exceptions share no base class but this one.
+    except Exception as error:
+        raise BackendUnavailableError(f"ONNX Runtime cannot run {graph_file} on {provider}: {error}") from error
+
+
+def _compare(graph_file: Path, kind: str, found: Sequence[onnxruntime.NodeArg], specs: Sequence[TensorSpec]) -> None:
+    """Raise BundleError unless the graph has exactly these inputs or outputs, in whatever order."""
+    in_graph = {arg.name: (arg.type, arg.shape) for arg in found}
+    expected = {
+        spec.name: (f"tensor({_ELEMENT_NAMES.get(spec.dtype, spec.dtype)})", list(spec.shape)) for spec in specs
+    }
+    if in_graph != expected:
+        raise BundleError(f"{graph_file} has the {kind} {in_graph}, expected {expected}")

@@ -1,0 +1,55 @@
+"""The small contract that every runtime meets, and the one place that chooses a runtime by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffloss_engine.errors import BackendUnavailableError
+from diffloss_engine.tensors import TensorSpec
+
+
+class Session(Protocol):
+    """One loaded graph: named tensors in, freshly allocated named tensors out, on one device.
+
+    A call may come from any thread. On CUDA it is ordered like any other operation on torch's current stream, and
+    does not wait for its results. No gradient flows through it. It raises InputError or InputTypeError for inputs
+    that are not those of `inputs` on `device`, and BackendError if the runtime fails or was closed.
+    """
+
+    backend: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    device: torch.device
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+    def close(self) -> None:
+        """Give back the runtime's memory; calls after this raise BackendError. Closing twice is allowed."""
+
+
+def open_session(
+    graph_file: Path,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    *,
+    backend: str,
+    device: torch.device,
+    threads: int | None = None,
+) -> Session:
+    """Load an ONNX file, whose integrity the caller has verified, into the runtime called `backend`.
+
+    `threads` is how many CPU threads one call may use; None takes torch's own number.
+
+    Raises BackendUnavailableError if the backend is unknown, not installed, or cannot run this graph on `device`;
+    BundleError if the file is not a graph with these inputs and outputs; InputError if `threads` is below 1.
+    """
+    if backend == "onnxruntime":
+        from diffloss_engine.ort_session import OrtSession
+
+        return OrtSession(graph_file, inputs, outputs, device=device, threads=threads)
+    raise BackendUnavailableError(f"there is no backend {backend!r} for ONNX graphs; there is 'onnxruntime'")

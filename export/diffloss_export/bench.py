@@ -1,0 +1,133 @@
+"""What one step of the loss costs on this machine: ours beside eager and compiled PyTorch."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffloss_engine.bundle import Bundle
+from diffloss_export.verify import Probe
+from diffloss_trt import DiffLoss
+from diffloss_trt.contract import PRECISIONS, SCHEDULE
+from diffloss_trt.evaluators import EagerEvaluator
+from diffloss_trt.schedule import NoiseSchedule
+from diffloss_trt.unet import TappedUNet, reload_unet
+
+_ROUNDS = 7
+_WARM_UPS = 2
+EAGER = "eager PyTorch fp32"
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One way to compute value and gradient of one batch; `peak_memory_bytes` is what a step takes beyond the weights."""
+
+    name: str
+    median_ms: float
+    speedup_vs_eager: float
+    peak_memory_bytes: int | None
+
+
+def bench_bundle(
+    bundle: Bundle,
+    *,
+    backend: str = "auto",
+    device: torch.device,
+    on_stage: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Return {device, torch, rows}: medians over interleaved rounds of one step at the bundle's batch size and resolution.
+
+    A step is the loss's value and its gradient with respect to the restored images, both terms, paper weights.
+    """
+    steps = _steps(bundle, backend, device, on_stage)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for name, step in steps.items():
+        on_stage(f"warming up {name}")
+        for _ in range(_WARM_UPS):
+            step()
+    peaks = {name: _peak_memory(step, device) for name, step in steps.items()}
+    for round_number in range(_ROUNDS):
+        on_stage(f"round {round_number + 1} of {_ROUNDS}")
+        for name, step in steps.items():
+            _wait(device)
+            start = time.perf_counter()
+            step()
+            _wait(device)
+            times[name].append((time.perf_counter() - start) * 1e3)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    rows = [BenchRow(name, medians[name], medians[EAGER] / medians[name], peaks[name]) for name in steps]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"device": name, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
+
+
+def _steps(
+    bundle: Bundle, backend: str, device: torch.device, on_stage: Callable[[str], None]
+) -> dict[str, Callable[[], Tensor]]:
+    on_stage("loading")
+    schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
+
+    def tapped(dtype: torch.dtype) -> TappedUNet:
+        return TappedUNet(reload_unet(bundle, dtype, device), schedule)
+
+    timesteps = torch.linspace(0, len(schedule) - 1, bundle.batch_size).round().long()
+    eager = tapped(torch.float32)
+    probe = Probe.make(eager.channels, bundle.resolution, timesteps)
+    target, restored, noise = (
+        tensor.to(device, torch.float32) for tensor in (probe.target, probe.restored, probe.noise)
+    )
+    timesteps = timesteps.to(device)
+
+    def step(loss: DiffLoss) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            leaf = restored.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(leaf, target, timesteps=timesteps, noise=noise), leaf)
+            return gradient
+
+        return run
+
+    def eager_loss(unet: TappedUNet) -> DiffLoss:
+        return DiffLoss(EagerEvaluator(unet, device), value_range=(-1.0, 1.0))
+
+    dtype = PRECISIONS[bundle.precision] if device.type == "cuda" else torch.float32
+    compiled = tapped(dtype)
+    compiled.features = torch.compile(compiled.features)  # type: ignore[method-assign]
+    ours = DiffLoss.load(bundle.path, backend=backend, device=device, value_range=(-1.0, 1.0))
+    return {
+        EAGER: step(eager_loss(eager)),
+        f"torch.compile {str(dtype).removeprefix('torch.')}": step(eager_loss(compiled)),
+        f"diffloss-trt {ours.evaluator.backend}, recompute, {bundle.precision}": step(ours),
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_memory(step: Callable[[], Tensor], device: torch.device) -> int | None:
+    """Return the memory that one step needs beyond what is held already; None where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        step()
+        _wait(device)
+        return torch.cuda.max_memory_allocated(device) - held
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak back to what is resident now
+    except OSError:
+        return None
+    held = _status_bytes("VmRSS")
+    step()
+    return max(0, _status_bytes("VmHWM") - held)
+
+
+def _status_bytes(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,208 @@
+"""The command line: parses, calls one function, prints. Heavy libraries are imported when a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from diffloss_engine.errors import DiffLossError, IntegrityError, ParityError
+
+if TYPE_CHECKING:
+    from diffloss_export.verify import Report
+
+FAILED_CHECK, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Return 0 when done, 1 when a check failed (parity, hash), 2 for wrong usage or input."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        run: Callable[[argparse.Namespace], int] = args.run
+        return run(args)
+    except DiffLossError as error:
+        print(f"diffloss-export: {error}", file=sys.stderr)
+        return FAILED_CHECK if isinstance(error, ParityError | IntegrityError) else WRONG_INPUT
+    except OSError as error:
+        print(f"diffloss-export: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        print("diffloss-export: interrupted, nothing was written", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="diffloss-export", description="Diffusion UNets as training losses, on inference engines."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    onnx = commands.add_parser("onnx", help="export a diffusion UNet to a bundle, and check it against eager PyTorch")
+    onnx.add_argument(
+        "model", metavar="MODEL", help="'builtin', a local diffusers folder (a pipeline's or a UNet's), or a Hub id"
+    )
+    onnx.add_argument("-o", "--output", required=True, metavar="BUNDLE", help="folder to write; must not exist yet")
+    onnx.add_argument(
+        "--resolution", type=_resolution, metavar="N|HxW", help="size of the images (default: the UNet's sample size)"
+    )
+    onnx.add_argument(
+        "--batch-size", type=int, default=8, metavar="B", help="images that the graphs take at once (default: 8)"
+    )
+    onnx.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "bf16"),
+        default="fp32",
+        help="of weights and activations (default: fp32)",
+    )
+    onnx.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    onnx.add_argument("--overwrite", action="store_true", help="replace an older bundle")
+    onnx.set_defaults(run=_onnx)
+
+    verify = commands.add_parser("verify", help="check a bundle against eager PyTorch in float64: value and gradient")
+    verify.set_defaults(run=_verify)
+    bench = commands.add_parser("bench", help="time a step here: this bundle beside eager and compiled PyTorch")
+    bench.add_argument("--json", action="store_true", help="print one JSON object")
+    bench.set_defaults(run=_bench)
+    inspect = commands.add_parser("inspect", help="print what a bundle holds")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.set_defaults(run=_inspect)
+    for command in (verify, bench, inspect):
+        command.add_argument("bundle", metavar="BUNDLE", help="a folder that 'diffloss-export onnx' wrote")
+    for command in (verify, bench):
+        command.add_argument(
+            "--backend", choices=("auto", "onnxruntime", "torch"), default="auto", help="default: auto"
+        )
+        command.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+    return parser
+
+
+def _resolution(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a resolution such as 256 or 192x256")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _onnx(args: argparse.Namespace) -> int:
+    from diffloss_engine.bundle import BundleWriter
+    from diffloss_export.models import load_model
+    from diffloss_export.pipeline import export_bundle
+
+    BundleWriter(args.output, overwrite=args.overwrite)  # refuses a bad destination before the model is loaded
+    with _stages() as on_stage:
+        on_stage(f"loading {args.model}")
+        model = load_model(args.model, revision=args.revision)
+        bundle, report = export_bundle(
+            model,
+            args.output,
+            resolution=args.resolution,
+            batch_size=args.batch_size,
+            precision=args.precision,
+            overwrite=args.overwrite,
+            on_stage=on_stage,
+        )
+    for note in (*model.notes, *report.notes):
+        print(f"note: {note}")
+    worst = report.worst
+    print(
+        f"{bundle.path}: {len(bundle.graphs)} graphs, {bundle.precision}, {bundle.resolution[0]}x{bundle.resolution[1]}, "
+        f"batch {bundle.batch_size}; replayed on {report.backend}, worst difference from float64 eager PyTorch: "
+        f"{worst.error:.2g} ({worst.check}, {worst.quantity}; allowed {worst.tolerance:.2g})"
+    )
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from diffloss_engine.bundle import Bundle
+    from diffloss_export.verify import verify_bundle
+    from diffloss_trt.loss import choose_device
+
+    bundle = Bundle.open(args.bundle)
+    with _stages() as on_stage:
+        report = verify_bundle(bundle, backend=args.backend, device=choose_device(args.device), on_stage=on_stage)
+    _print_report(report)
+    report.raise_for_failure()
+    return 0
+
+
+def _print_report(report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("check", "quantity", "error", "allowed", "", title=f"{report.backend} against float64 eager PyTorch")
+    for row in report.rows:
+        table.add_row(
+            row.check, row.quantity, f"{row.error:.2g}", f"{row.tolerance:.2g}", "ok" if row.passed else "FAILED"
+        )
+    Console().print(table)
+    for note in report.notes:
+        print(f"note: {note}")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from diffloss_engine.bundle import Bundle
+
+    bundle = Bundle.open(args.bundle)
+    bundle.verify_hashes()
+    description = bundle.description()
+    if args.json:
+        print(json.dumps(description, indent=2, sort_keys=True))
+        return 0
+    unet = bundle.unet
+    print(f"{bundle.path}: format {bundle.format_version}, every hash right")
+    print(f"  {unet['class']}, {unet['parameters']:,} parameters, sha256 {unet['sha256'][:16]}...")
+    print(f"  {bundle.resolution[0]}x{bundle.resolution[1]}, batch {bundle.batch_size}, {bundle.precision}")
+    for graph in bundle.graphs.values():
+        print(f"  graph {graph.name}: {graph.nodes} nodes")
+        for kind, specs in (("in", graph.inputs), ("out", graph.outputs)):
+            for spec in specs:
+                print(f"    {kind:3} {spec.name} {spec.dtype} {list(spec.shape)}")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from diffloss_engine.bundle import Bundle
+    from diffloss_export.bench import bench_bundle
+    from diffloss_trt.loss import choose_device
+
+    bundle = Bundle.open(args.bundle)
+    device = choose_device(args.device)
+    with _stages() as on_stage:
+        result = bench_bundle(bundle, backend=args.backend, device=device, on_stage=on_stage)
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    print(f"{result['device']}, torch {result['torch']}, batch {bundle.batch_size}, value and gradient of one step:")
+    for row in result["rows"]:
+        memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**20:8.0f} MiB"
+        print(f"  {row['name']:48} {row['median_ms']:9.1f} ms  {row['speedup_vs_eager']:5.2f}x {memory}")
+    return 0
+
+
+@contextmanager
+def _stages() -> Iterator[Callable[[str], None]]:
+    """Show the step that runs, and how long it has been running, on stderr; on a terminal that is a line which goes away."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    started = time.monotonic()
+    # What libraries warn about their own insides is not for the user of a command.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not console.is_terminal:
+            yield lambda stage: print(f"[{time.monotonic() - started:6.1f} s] {stage}", file=sys.stderr, flush=True)
+            return
+        with Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+        ) as progress:
+            task = progress.add_task("starting", total=None)
+            yield lambda stage: progress.update(task, description=stage)

@@ -1,0 +1,127 @@
+"""Model -> bundle: the steps of an export, in order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffloss_engine.bundle import Bundle, BundleWriter, file_sha256
+from diffloss_engine.errors import InputError
+from diffloss_export.onnx_write import WeightFile, write_graph
+from diffloss_export.programs import feature_programs
+from diffloss_export.verify import Report, verify_bundle
+from diffloss_trt.contract import PRECISIONS, SCHEDULE, UNET_CONFIG, UNET_WEIGHTS
+from diffloss_trt.unet import TappedUNet
+
+if TYPE_CHECKING:
+    from diffloss_export.models import LoadedModel
+
+Stage = Callable[[str], None]
+
+
+def export_bundle(
+    model: LoadedModel,
+    destination: str | PathLike[str],
+    *,
+    resolution: tuple[int, int] | None = None,
+    batch_size: int = 8,
+    precision: str = "fp32",
+    overwrite: bool = False,
+    on_stage: Stage = lambda _: None,
+) -> tuple[Bundle, Report]:
+    """Write the bundle of `model`, replay its graphs against eager PyTorch, and return it with the differences found.
+
+    Nothing appears at `destination` before everything has been checked. The model is converted in place.
+
+    Args:
+        model: what `load_model` returned.
+        destination: a folder that does not exist yet, or, with `overwrite`, an older bundle.
+        resolution: height and width of the images; by default the UNet's own sample size.
+        batch_size: how many images the graphs take at once.
+        precision: "fp32", "fp16" or "bf16", of weights and activations.
+        on_stage: called with the name of each step as it begins.
+
+    Raises:
+        InputError: an argument cannot be used.
+        ModelError: the model cannot be expressed in ONNX.
+        ParityError: a graph does not compute what eager PyTorch does.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    if batch_size < 1:
+        raise InputError(f"batch size is {batch_size}; expected at least 1")
+    tapped = TappedUNet(model.unet, model.schedule)
+    resolution = check_resolution(tapped, resolution)
+    with BundleWriter(destination, overwrite=overwrite) as writer:
+        on_stage("writing the UNet")
+        # Weights beyond fp16's range would become infinite; checked before anything is built on them.
+        tapped.to(PRECISIONS[precision])
+        _check_finite(tapped, precision)
+        _write_unet(tapped, writer)
+        noisy = torch.zeros(batch_size, tapped.channels, *resolution)
+        programs = feature_programs(tapped, noisy, torch.zeros(batch_size))
+        weights = WeightFile.read(writer.path, UNET_WEIGHTS)
+        graphs = []
+        for program in programs:
+            on_stage(f"exporting the {program.name} graph")
+            graphs.append(write_graph(program, weights))
+        reports: list[Report] = []
+
+        def check(bundle: Bundle) -> None:
+            reports.append(verify_bundle(bundle, on_stage=on_stage))
+            reports[0].raise_for_failure()
+
+        bundle = writer.commit(
+            unet={
+                "class": type(model.unet).__name__,
+                "parameters": sum(parameter.numel() for parameter in model.unet.parameters()),
+                "sha256": file_sha256(writer.path / UNET_WEIGHTS),
+                "prediction_type": model.schedule.prediction_type,
+                "timesteps": len(model.schedule),
+            },
+            resolution=resolution,
+            batch_size=batch_size,
+            precision=precision,
+            graphs=graphs,
+            check=check,
+        )
+    return bundle, reports[0]
+
+
+def check_resolution(tapped: TappedUNet, resolution: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the resolution to export at; `InputError` if the UNet cannot take it."""
+    if resolution is None:
+        size = tapped.unet.config.sample_size
+        if size is None:
+            raise InputError("the UNet's configuration has no sample_size: a resolution must be given")
+        resolution = (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    multiple = tapped.resolution_multiple
+    if any(side < 1 or side % multiple for side in resolution):
+        raise InputError(
+            f"resolution is {resolution[0]}x{resolution[1]}; this UNet takes heights and widths that are multiples of {multiple}"
+        )
+    return resolution
+
+
+def _check_finite(tapped: TappedUNet, precision: str) -> None:
+    for key, weight in tapped.unet.state_dict().items():
+        if not bool(torch.isfinite(weight).all()):
+            raise InputError(f"weight {key} is beyond the range of {precision}; use bf16 or fp32")
+
+
+def _write_unet(tapped: TappedUNet, writer: BundleWriter) -> None:
+    from safetensors.torch import save_file
+
+    # Where the model was loaded from is nobody's business, and would make equal bundles differ.
+    config: dict[str, Any] = {key: value for key, value in tapped.unet.config.items() if key != "_name_or_path"}
+    files = {UNET_CONFIG: {"_class_name": type(tapped.unet).__name__, **config}, SCHEDULE: tapped.schedule.to_json()}
+    for relative, content in files.items():
+        path = writer.path / relative
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    state = {key: weight.contiguous() for key, weight in tapped.unet.state_dict().items()}
+    save_file(state, writer.path / UNET_WEIGHTS)

@@ -1,0 +1,68 @@
+"""The functions of tensors that become a bundle's graphs, with inputs to trace and to replay them on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffloss_trt.contract import BOTTLENECK, ENCODER, NOISE, NOISE_HEAD, NOISY, TIME_EMBEDDING, TIMESTEPS, skip_name
+from diffloss_trt.unet import Encoded, TappedUNet
+
+
+@dataclass(frozen=True)
+class Program:
+    """A module of tensors to a tuple of tensors; both are named as in the graph. `inputs` are an example."""
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    outputs: tuple[str, ...]
+
+
+class _Forward(nn.Module):
+    """A function of a UNet's tensors as a module, which is what exporters take; the UNet is its submodule `tapped`."""
+
+    def __init__(self, tapped: TappedUNet, function: Callable[..., tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.tapped = tapped
+        self._function = function
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return self._function(*tensors)
+
+
+def encoder_outputs(encoded: Encoded) -> dict[str, Tensor]:
+    """Name what leaves the encoder."""
+    skips = {skip_name(index): skip for index, skip in enumerate(encoded.skips)}
+    return {BOTTLENECK: encoded.bottleneck, TIME_EMBEDDING: encoded.time_embedding, **skips}
+
+
+def feature_programs(tapped: TappedUNet, noisy: Tensor, timesteps: Tensor) -> tuple[Program, Program]:
+    """Return the encoder and the noise head, with what they are fed when the UNet sees `noisy` at `timesteps`.
+
+    noisy: [B, C, H, W]; timesteps: float [B]. Both are float32 in a bundle's graphs.
+    """
+    with torch.no_grad():
+        encoded = tapped.encode(noisy, timesteps)
+    between = encoder_outputs(encoded)
+    count = len(between)
+    predicts_noise = tapped.schedule.prediction_type == "epsilon"
+
+    def encoder(noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, ...]:
+        return tuple(encoder_outputs(tapped.encode(noisy, timesteps)).values())
+
+    def noise_head(*tensors: Tensor) -> tuple[Tensor, ...]:
+        bottleneck, time_embedding, *skips = tensors[:count]
+        prediction = tapped.decode(Encoded(bottleneck, time_embedding, tuple(skips)))
+        return (prediction if predicts_noise else tapped.schedule.noise_from(prediction, *tensors[count:]),)
+
+    images = {NOISY: noisy, TIMESTEPS: timesteps}
+    return (
+        Program(ENCODER, _Forward(tapped, encoder), images, tuple(between)),
+        Program(
+            NOISE_HEAD, _Forward(tapped, noise_head), between if predicts_noise else {**between, **images}, (NOISE,)
+        ),
+    )
