@@ -45,7 +45,7 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def input_gradient(unet: TappedUNet, noisy: Tensor, timesteps: Tensor, cotangents: Cotangents) -> Tensor:
-    """Return the gradient of each sample's loss with respect to `noisy`, in its dtype, by running the UNet in PyTorch."""
+    """Return each sample's gradient of the loss with respect to `noisy`, in its dtype: PyTorch runs the UNet."""
     leaf = noisy.detach().requires_grad_()
     with torch.enable_grad():
         features = unet.features(leaf, timesteps, with_noise=cotangents.noise is not None)

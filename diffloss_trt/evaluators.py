@@ -26,16 +26,20 @@ class Evaluator(Protocol):
     device: torch.device
     schedule: NoiseSchedule
     channels: int
-    resolution: tuple[int, int] | None
-    """The one image size that can be taken, or None for any multiple of `resolution_multiple`."""
     resolution_multiple: int
+
+    @property
+    def resolution(self) -> tuple[int, int] | None:
+        """The one image size that can be taken, or None for any multiple of `resolution_multiple`."""
+        ...
 
     def terms(
         self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
     ) -> Terms:
         """Return the terms; `restored`, `target`, `noise` [B, C, H, W] float32 or float64, `timesteps` [B] integers.
 
-        `weights` are those of naturalness and semantic, not both zero; a term of weight zero is not computed and is zero.
+        `weights` are those of naturalness and semantic, not both zero; a term of weight zero is not computed: it is
+        zero.
         """
         ...
 

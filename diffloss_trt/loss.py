@@ -66,9 +66,11 @@ class DiffLoss(nn.Module):
         """Return the loss on eager PyTorch: the reference for every other backend.
 
         `unet` is an unconditional `diffusers.UNet2DModel`; it is frozen and put into eval mode in place,
-        and stays on its device. `scheduler` is a diffusers scheduler with a table of betas, or a `NoiseSchedule`. Images
-        may have any size that the UNet can take. Raises `ModelError` for a UNet or scheduler that cannot be used,
-        `InputError` and `InputTypeError` for bad settings; see `load` for those.
+        and stays on its device. `scheduler` is a diffusers scheduler with a table of betas, or a `NoiseSchedule`.
+        Images may have any size that the UNet can take.
+
+        Raises `ModelError` for a UNet or scheduler that cannot be used, `InputError` and `InputTypeError` for bad
+        settings; see `load` for those.
         """
         check_settings(naturalness_weight, semantic_weight, reduction, value_range)
         schedule = scheduler if isinstance(scheduler, NoiseSchedule) else NoiseSchedule.from_scheduler(scheduler)
@@ -205,7 +207,7 @@ class DiffLoss(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Called by .to(), .cuda() and the like. The module holds no tensors itself: ask where `fn` would put one.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = fn(torch.empty(0, device=self.device)).device
         if device != self.device:
             self.evaluator = self.evaluator.to(device)
@@ -214,7 +216,8 @@ class DiffLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"naturalness_weight={self.naturalness_weight:g}, semantic_weight={self.semantic_weight:g}, "
-            f"backend={self.evaluator.backend}, device={self.device}, reduction={self.reduction}, value_range={self.value_range}"
+            f"backend={self.evaluator.backend}, device={self.device}, "
+            f"reduction={self.reduction}, value_range={self.value_range}"
         )
 
 
@@ -235,9 +238,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         if not torch.cuda.is_available():
             raise BackendUnavailableError(f"device is {place}, but PyTorch sees no CUDA GPU here")
         if place.index is not None and place.index >= torch.cuda.device_count():
-            raise BackendUnavailableError(
-                f"device is {place}, but there are only {torch.cuda.device_count()} GPUs here"
-            )
+            raise BackendUnavailableError(f"device is {place}, but there are {torch.cuda.device_count()} GPUs here")
     return concrete_device(place)
 
 

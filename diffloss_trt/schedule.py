@@ -29,9 +29,7 @@ class NoiseSchedule:
         if not bool(((table >= 0) & (table <= 1)).all()) or bool((table.diff() > 0).any()):
             raise InputError("alphas_cumprod must lie in [0, 1] and never rise")
         if prediction_type == "sample" and bool((table == 1).any()):
-            raise InputError(
-                "alphas_cumprod contains 1, where a UNet that predicts the sample says nothing of the noise"
-            )
+            raise InputError("alphas_cumprod contains 1, where a predicted sample says nothing of the noise")
         self.alphas_cumprod = table
         self.prediction_type = prediction_type
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -58,9 +56,7 @@ class NoiseSchedule:
     def from_json(cls, value: Any) -> NoiseSchedule:
         """Undo `to_json`; `BundleError` if `value` is not such an object."""
         if not isinstance(value, dict) or set(value) != {"prediction_type", "alphas_cumprod"}:
-            raise BundleError(
-                "the schedule must be an object with prediction_type and alphas_cumprod, and nothing else"
-            )
+            raise BundleError("the schedule must be an object with prediction_type and alphas_cumprod alone")
         numbers = value["alphas_cumprod"]
         if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
             raise BundleError("the schedule's alphas_cumprod must be a list of numbers")
@@ -89,7 +85,7 @@ class NoiseSchedule:
         return signal[index].view(-1, 1, 1, 1), noise[index].view(-1, 1, 1, 1)
 
     def add_noise(self, image: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return sqrt(abar) image + sqrt(1 - abar) noise; image in [-1, 1], noise standard normal, both [B, C, H, W]."""
+        """Return sqrt(abar) image + sqrt(1 - abar) noise; image in [-1, 1], noise standard normal, [B, C, H, W]."""
         signal_scale, noise_scale = self.scales(timesteps, image.dtype)
         return signal_scale * image + noise_scale * noise
 

@@ -123,9 +123,7 @@ def check_unet(unet: Any) -> None:
     if getattr(unet, "class_embedding", None) is not None:
         raise ModelError(f"{name} is class-conditional (class_embedding): only unconditional UNets can be used")
     if config.get("time_embedding_type") == "fourier":
-        raise ModelError(
-            f"{name} has time_embedding_type 'fourier': UNets trained on noise levels instead of timesteps cannot be used"
-        )
+        raise ModelError(f"{name} has time_embedding_type 'fourier': only UNets that take timesteps can be used")
     channels, produced = config["in_channels"], config["out_channels"]
     if produced not in (channels, 2 * channels):
         raise ModelError(
@@ -150,7 +148,6 @@ def reload_unet(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Any
     try:
         with torch.device("meta"):
             unet = UNet2DModel.from_config(config)
-        # Buffers that are not saved (the Fourier frequencies of other time embeddings) never come up: check_unet refuses them.
         unet.load_state_dict(
             {key: weight.to(device, dtype) for key, weight in weights.items()}, strict=True, assign=True
         )

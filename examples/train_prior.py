@@ -1,6 +1,6 @@
 """Train the built-in prior: a small unconditional DDPM on 64x64 crops of photographs.
 
-    python examples/train_prior.py --out FOLDER [--steps 12000]
+    python examples/train_prior.py --out FOLDER [--steps 5500]
 
 Epsilon prediction on the linear 1000-step schedule, Adam, an exponential moving average of the
 weights, bf16 autocast. Writes `FOLDER/checkpoint.pt` every few hundred steps (a run that is started again goes
@@ -48,7 +48,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=5500)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)

@@ -11,7 +11,7 @@ from diffloss_engine.session import Session
 
 
 def run_batched(session: Session, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Run `session` on inputs of N >= 1 samples each, N along the first axis: cut into the graph's batches, the last filled up.
+    """Run `session` on N >= 1 samples, N being the first axis: cut into the graph's batches, the last one filled up.
 
     What fills a batch up is its last sample again: values that the network is known to be able to take.
     """

@@ -38,6 +38,9 @@ def read_external_data(graph_file: Path) -> list[ExternalData]:
         model = onnx.load(graph_file, format="protobuf", load_external_data=False)
     except (DecodeError, OSError) as error:
         raise BundleError(f"{graph_file} cannot be read as an ONNX file: {error}") from error
+    # An empty file is a valid, empty message.
+    if not model.HasField("graph"):
+        raise BundleError(f"{graph_file} cannot be read as an ONNX file: it has no graph")
     tensors = list(_graph_tensors(model.graph))
     for function in model.functions:
         tensors += _node_tensors(function.node)

@@ -23,15 +23,16 @@ def list_files(folder: Path) -> dict[str, int]:
     try:
         while pending:
             current, prefix = pending.pop()
-            for entry in os.scandir(current):
-                status = entry.stat(follow_symlinks=False)
-                if stat.S_ISDIR(status.st_mode):
-                    pending.append((Path(entry.path), f"{prefix}{entry.name}/"))
-                elif stat.S_ISREG(status.st_mode):
-                    sizes[prefix + entry.name] = status.st_size
-                else:
-                    kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
-                    raise BundleError(f"{folder}: {prefix + entry.name!r} is {kind}, which a bundle may not hold")
+            with os.scandir(current) as entries:
+                for entry in entries:
+                    status = entry.stat(follow_symlinks=False)
+                    if stat.S_ISDIR(status.st_mode):
+                        pending.append((Path(entry.path), f"{prefix}{entry.name}/"))
+                    elif stat.S_ISREG(status.st_mode):
+                        sizes[prefix + entry.name] = status.st_size
+                    else:
+                        kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
+                        raise BundleError(f"{folder}: {prefix + entry.name!r} is {kind}, which a bundle may not hold")
     except OSError as error:
         raise BundleError(f"{folder} cannot be listed: {error}") from error
     return sizes

@@ -27,7 +27,7 @@ EAGER = "eager PyTorch fp32"
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One way to compute value and gradient of one batch; `peak_memory_bytes` is what a step takes beyond the weights."""
+    """One way to compute value and gradient of one batch; `peak_memory_bytes` is what it takes beyond weights."""
 
     name: str
     median_ms: float
@@ -42,7 +42,7 @@ def bench_bundle(
     device: torch.device,
     on_stage: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Return {device, torch, rows}: medians over interleaved rounds of one step at the bundle's batch size and resolution.
+    """Return {device, torch, rows}: medians over interleaved rounds, at the bundle's batch size and resolution.
 
     A step is the loss's value and its gradient with respect to the restored images, both terms, paper weights.
     """

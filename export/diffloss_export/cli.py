@@ -46,16 +46,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     onnx = commands.add_parser("onnx", help="export a diffusion UNet to a bundle, and check it against eager PyTorch")
-    onnx.add_argument(
-        "model", metavar="MODEL", help="'builtin', a local diffusers folder (a pipeline's or a UNet's), or a Hub id"
-    )
+    onnx.add_argument("model", metavar="MODEL", help="'builtin', a diffusers folder, or a Hub id")
     onnx.add_argument("-o", "--output", required=True, metavar="BUNDLE", help="folder to write; must not exist yet")
-    onnx.add_argument(
-        "--resolution", type=_resolution, metavar="N|HxW", help="size of the images (default: the UNet's sample size)"
-    )
-    onnx.add_argument(
-        "--batch-size", type=int, default=8, metavar="B", help="images that the graphs take at once (default: 8)"
-    )
+    onnx.add_argument("--resolution", type=_resolution, metavar="N|HxW", help="size of images (default: the UNet's)")
+    onnx.add_argument("--batch-size", type=int, default=8, metavar="B", help="images taken at once (default: 8)")
     onnx.add_argument(
         "--precision",
         choices=("fp32", "fp16", "bf16"),
@@ -113,8 +107,9 @@ def _onnx(args: argparse.Namespace) -> int:
         print(f"note: {note}")
     worst = report.worst
     print(
-        f"{bundle.path}: {len(bundle.graphs)} graphs, {bundle.precision}, {bundle.resolution[0]}x{bundle.resolution[1]}, "
-        f"batch {bundle.batch_size}; replayed on {report.backend}, worst difference from float64 eager PyTorch: "
+        f"{bundle.path}: {len(bundle.graphs)} graphs, {bundle.precision}, "
+        f"{bundle.resolution[0]}x{bundle.resolution[1]}, batch {bundle.batch_size}; "
+        f"replayed on {report.backend}, worst difference from float64 eager PyTorch: "
         f"{worst.error:.2g} ({worst.check}, {worst.quantity}; allowed {worst.tolerance:.2g})"
     )
     return 0
@@ -189,7 +184,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _stages() -> Iterator[Callable[[str], None]]:
-    """Show the step that runs, and how long it has been running, on stderr; on a terminal that is a line which goes away."""
+    """Show on stderr the step that runs and for how long; on a terminal in a line that goes away."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

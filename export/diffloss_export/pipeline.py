@@ -102,7 +102,8 @@ def check_resolution(tapped: TappedUNet, resolution: tuple[int, int] | None) -> 
     multiple = tapped.resolution_multiple
     if any(side < 1 or side % multiple for side in resolution):
         raise InputError(
-            f"resolution is {resolution[0]}x{resolution[1]}; this UNet takes heights and widths that are multiples of {multiple}"
+            f"resolution is {resolution[0]}x{resolution[1]}; "
+            f"this UNet takes heights and widths that are multiples of {multiple}"
         )
     return resolution
 

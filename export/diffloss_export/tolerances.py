@@ -1,8 +1,9 @@
 """How far a result may be from float64, per sample: one table for `verify`, for exports and for the tests.
 
 The plain form subtracts two nearly equal results, so what it can promise depends on how far apart they are.
-These figures are for restored images at 20 dB or less. At the end of the schedule next to nothing is left of the images, and with
-it of their difference; half precision cannot see it there, so it is held to its figures in the first half alone.
+These figures are for restored images at 20 dB or less. At the end of the schedule next to nothing is left of
+the images, and with it of their difference; half precision cannot see it there, so it is held to its figures in the
+first half alone.
 """
 
 from __future__ import annotations

@@ -57,13 +57,14 @@ class Report:
         worst = self.worst
         if not worst.passed:
             raise ParityError(
-                f"{worst.check}, {worst.quantity}: the error against float64 is {worst.error:.2g}, allowed {worst.tolerance:.2g}"
+                f"{worst.check}, {worst.quantity}: "
+                f"the error against float64 is {worst.error:.2g}, allowed {worst.tolerance:.2g}"
             )
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Images to compare on: `restored` is `target` and white noise at 20 dB; images in [-1, 1], [N, C, H, W], float64."""
+    """Images to compare on, in [-1, 1], [N, C, H, W], float64: `restored` is `target` and white noise at 20 dB."""
 
     target: Tensor
     restored: Tensor

@@ -109,7 +109,7 @@ def test_file_that_vanishes_after_opening_is_named(bundle: Bundle) -> None:
 
 
 def test_unknown_names_are_refused(bundle: Bundle) -> None:
-    with pytest.raises(BundleError, match="no file '../secret'"):
+    with pytest.raises(BundleError, match=r"no file '\.\./secret'"):
         bundle.file("../secret")
     with pytest.raises(BundleError, match=r"no graph 'gradient'; it has \['conv'\]"):
         bundle.graph_file("gradient")
@@ -166,7 +166,7 @@ PATHS = ["../x", "a/../x", "/etc/passwd", "a\\b", "C:x", "", ".", "a//b", "a/", 
 
 @pytest.mark.parametrize("path", [*PATHS, "manifest.json"])
 def test_paths_that_leave_the_folder_are_refused(bundle: Bundle, path: str) -> None:
-    with pytest.raises(BundleError, match="files: .*is not a path inside a bundle"):
+    with pytest.raises(BundleError, match=r"files: .*is not a path inside a bundle"):
         Bundle.open(edit(bundle, lambda fields: fields["files"].update({path: {"sha256": SHA256, "bytes": 0}})))
 
 

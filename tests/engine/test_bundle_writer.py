@@ -65,10 +65,14 @@ def test_destination_is_empty_until_commit_and_readable_after(tmp_path: Path) ->
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), BundleWriter(tmp_path / "bundle") as writer:
-        (writer.path / "folder").mkdir()
-        (writer.path / "folder" / "a.bin").write_bytes(b"a")
-        raise error
+    def export() -> None:
+        with BundleWriter(tmp_path / "bundle") as writer:
+            (writer.path / "folder").mkdir()
+            (writer.path / "folder" / "a.bin").write_bytes(b"a")
+            raise error
+
+    with pytest.raises(error):
+        export()
     assert names(tmp_path) == set()
 
 
@@ -156,9 +160,10 @@ def test_bundle_with_other_peoples_files_is_not_overwritten(bundle: Bundle) -> N
 
 
 def test_file_that_appears_during_the_work_is_not_overwritten(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="exists already"), BundleWriter(tmp_path / "bundle") as writer:
+    with BundleWriter(tmp_path / "bundle") as writer:
         (tmp_path / "bundle").write_text("precious")
-        commit(writer)
+        with pytest.raises(InputError, match="exists already"):
+            commit(writer)
     assert (tmp_path / "bundle").read_text() == "precious"
     assert names(tmp_path) == {"bundle"}
 
@@ -176,7 +181,7 @@ def test_unusable_destination_is_refused_before_any_work(tmp_path: Path) -> None
     with pytest.raises(InputError, match="missing does not exist"):
         BundleWriter(tmp_path / "missing" / "bundle")
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file does not exist|not a directory"):
+    with pytest.raises(InputError, match="file does not exist"):
         BundleWriter(tmp_path / "file" / "bundle")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(InputError, match="loop"):
@@ -212,17 +217,21 @@ def test_what_would_not_open_is_not_committed(tmp_path: Path, changes: dict[str,
 
 
 def test_graph_with_a_hash_that_is_not_its_files_is_not_committed(tmp_path: Path) -> None:
-    with pytest.raises(IntegrityError, match="different sha256"), BundleWriter(tmp_path / "bundle") as writer:
+    with BundleWriter(tmp_path / "bundle") as writer:
         (writer.path / "g.onnx").write_bytes(b"g")
-        commit(writer, graphs=[Graph("g", "g.onnx", "0" * 64, 1, (), (), ())])
+        with pytest.raises(IntegrityError, match="different sha256"):
+            commit(writer, graphs=[Graph("g", "g.onnx", "0" * 64, 1, (), (), ())])
+    assert names(tmp_path) == set()
 
 
 def test_links_and_hidden_files_are_not_committed(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"w")
-    with pytest.raises(BundleError, match="symbolic link"), BundleWriter(tmp_path / "bundle") as writer:
+    with BundleWriter(tmp_path / "bundle") as writer:
         (writer.path / "weights").symlink_to(tmp_path / "weights")
-        commit(writer)
-    with pytest.raises(BundleError, match=r"\.DS_Store"), BundleWriter(tmp_path / "bundle") as writer:
+        with pytest.raises(BundleError, match="symbolic link"):
+            commit(writer)
+        (writer.path / "weights").unlink()
         (writer.path / ".DS_Store").touch()
-        commit(writer)
+        with pytest.raises(BundleError, match=r"\.DS_Store"):
+            commit(writer)
     assert names(tmp_path) == {"weights"}
