@@ -21,23 +21,23 @@ class Cotangents:
 
     def __init__(self, restored: Features, target: Features, naturalness_weight: float, semantic_weight: float) -> None:
         with torch.enable_grad():
-            leaves = [
-                feature.detach().to(torch.promote_types(feature.dtype, torch.float32)).requires_grad_()
-                for feature in (restored.bottleneck, restored.noise)
-                if feature is not None
-            ]
+            leaves = [_wide_leaf(restored.bottleneck)]
             semantic = mean_square(leaves[0] - target.bottleneck)
-            naturalness = (
-                mean_square(leaves[1] - target.noise) if restored.noise is not None else torch.zeros_like(semantic)
-            )
-            gradients = torch.autograd.grad(
-                combine(naturalness, semantic, naturalness_weight, semantic_weight).sum(), leaves
-            )
+            naturalness = torch.zeros_like(semantic)
+            if restored.noise is not None and target.noise is not None:
+                leaves.append(_wide_leaf(restored.noise))
+                naturalness = mean_square(leaves[1] - target.noise)
+            total = combine(naturalness, semantic, naturalness_weight, semantic_weight)
+            gradients = torch.autograd.grad(total.sum(), leaves)
         largest = torch.stack([gradient.flatten(1).abs().amax(1) for gradient in gradients]).amax(0)
         self.exponent = torch.frexp(largest).exponent
         scaled = [torch.ldexp(gradient, -_per_sample(self.exponent, gradient)) for gradient in gradients]
         self.bottleneck = scaled[0]
         self.noise = scaled[1] if len(scaled) == 2 else None
+
+
+def _wide_leaf(feature: Tensor) -> Tensor:
+    return feature.detach().to(torch.promote_types(feature.dtype, torch.float32)).requires_grad_()
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Recompute(torch.autograd.Function):
         return total.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         noisy, timesteps = ctx.saved_tensors
         gradient = input_gradient(ctx.unet, noisy, timesteps, ctx.cotangents)

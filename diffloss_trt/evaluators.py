@@ -76,7 +76,9 @@ def _recompute_terms(
     if not (torch.is_grad_enabled() and noisy.requires_grad):
         return terms
     cotangents = Cotangents(of_restored, of_target, *weights)
-    total = Recompute.apply(noisy, terms.total, timesteps, cotangents, unet)
+    total = Recompute.apply(  # type: ignore[no-untyped-call]
+        noisy, terms.total, timesteps, cotangents, unet
+    )
     return terms._replace(total=total)
 
 

@@ -133,6 +133,11 @@ class DiffLoss(nn.Module):
         """Where images are expected."""
         return self.evaluator.device
 
+    @property
+    def resolution(self) -> tuple[int, int] | None:
+        """Height and width that images must have, or None where every multiple of the UNet's stride is taken."""
+        return self.evaluator.resolution
+
     def forward(
         self,
         restored: Tensor,

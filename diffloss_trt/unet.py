@@ -95,7 +95,8 @@ class TappedUNet(nn.Module):
         if image is not None:
             hidden = hidden + image
         # A UNet that also predicts a variance puts it behind the noise.
-        return hidden[:, : self.channels].to(torch.promote_types(self.dtype, torch.float32))
+        prediction: Tensor = hidden[:, : self.channels]
+        return prediction.to(torch.promote_types(self.dtype, torch.float32))
 
     def features(self, noisy: Tensor, timesteps: Tensor, *, with_noise: bool) -> Features:
         """Return the features of `noisy` [B, C, H, W]; without the noise only the encoder is run.

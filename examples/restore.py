@@ -4,8 +4,8 @@
 
 Without --bundle the built-in prior is exported and verified first, by the same commands that a user would type.
 For each task two networks start from the same weights and see the same crops; one minimises the pixel error,
-the other the pixel error and DiffLoss. FOLDER receives, for each task, a grid of pictures and the loss curves, and a table
-of PSNR and SSIM.
+the other the pixel error and DiffLoss. FOLDER receives, for each task, a grid of pictures and the loss curves, and
+a table of PSNR and SSIM.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor
+
 from arguments import OneLineParser, output_folder, positive_integer, weight
 from degradations import DEGRADATIONS, Degradation
 from diffloss_engine.errors import DiffLossError
 from diffloss_trt import DiffLoss
-from matplotlib.figure import Figure
 from photographs import HELD_OUT, TRAINING, RandomCrops, load
 from restoration_network import RestorationNetwork
 from results import labelled_grid, markdown_table, write_figure, write_json, write_picture, write_whole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from torch import Tensor
 
 BATCH_SIZE = 8
 LEARNING_RATE = 2e-3
@@ -51,8 +52,9 @@ def train(task: str, degrade: Degradation, loss: DiffLoss, steps: int, progress:
     torch.manual_seed(0)
     start = RestorationNetwork()
     runs = {"without DiffLoss": Run(start, None), "with DiffLoss": Run(copy.deepcopy(start), loss)}
+    side = loss.resolution[0] if loss.resolution else 64
     for name, run in runs.items():
-        crops = RandomCrops(list(TRAINING), loss.resolution[0], seed=0)
+        crops = RandomCrops(list(TRAINING), side, seed=0)
         degrading, diffusing = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
         optimizer = torch.optim.AdamW(run.network.parameters(), lr=LEARNING_RATE)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
@@ -90,7 +92,8 @@ def quality(restored: Tensor, target: Tensor) -> tuple[float, float]:
 @torch.no_grad()
 def evaluate(task: str, degrade: Degradation, runs: dict[str, Run], out: Path) -> list[dict[str, str | float]]:
     """Restore the held-out photographs; write the grid of pictures and return PSNR and SSIM of each."""
-    pictures, captions, rows = [], [], []
+    rows: list[dict[str, str | float]] = []
+    pictures, captions = [], []
     generator = torch.Generator().manual_seed(1)
     for name in HELD_OUT:
         target = held_out(name)
@@ -158,8 +161,8 @@ def main() -> int:
     source.add_argument("--bundle", type=Path, help="a bundle that diffloss-export wrote, of RGB and square images")
     source.add_argument("--model", default="builtin", help="what to export otherwise (default: builtin)")
     parser.add_argument("--steps", type=positive_integer, default=150, help="of each training (default: 150)")
-    # Beside a pixel loss, the paper's 1e-3 and 1e-6 move a network over hundreds of thousands of steps. In hundreds, only larger
-    # weights show; with these the two gradients are of the same order once the pixel loss has fallen.
+    # Beside a pixel loss, the paper's 1e-3 and 1e-6 move a network over hundreds of thousands of steps. In hundreds,
+    # only larger weights show; with these the gradients are of the same order once the pixel loss has fallen.
     parser.add_argument("--naturalness-weight", type=weight, default=1e-2, help="default: 1e-2, for short trainings")
     parser.add_argument("--semantic-weight", type=weight, default=1e-3, help="default: 1e-3, for short trainings")
     args = parser.parse_args()
