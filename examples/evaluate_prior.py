@@ -13,7 +13,10 @@ highest PSNR everywhere.
 from __future__ import annotations
 
 import math
+import platform
 import sys
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +111,16 @@ def betas(schedule: NoiseSchedule) -> list[float]:
     return betas
 
 
+def provenance() -> dict[str, str]:
+    """Say where and when the figures were made."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "scikit-image": metadata.version("scikit-image"),
+    }
+
+
 def main() -> int:
     parser = OneLineParser(description="One-step denoising with a prior, beside classical denoisers.")
     parser.add_argument("--out", type=output_folder, required=True, help="folder for table and pictures")
@@ -154,7 +167,7 @@ def main() -> int:
     table = markdown_table(["PSNR in dB", *methods], cells)
     print(table)
     write_whole(table.encode(), out / "denoising.md")
-    write_json(rows, out / "denoising.json")
+    write_json({**provenance(), "rows": rows}, out / "denoising.json")
     write_picture(labelled_grid(pictures, ["ground truth", *methods], captions), out / "denoising.png")
     samples = draw_samples(model.unet, model.schedule)
     side = math.isqrt(SAMPLES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,8 @@ from diffloss_trt import DiffLoss
 from diffloss_trt.contract import SCHEDULE
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.unet import TappedUNet, reload_unet
+
+_WHOLE_SCHEDULE = (0.0, 0.01, 0.1, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -111,20 +113,22 @@ def verify_bundle(
     report = Report(backend=loss.evaluator.backend)
     # The torch backend computes in float32, whatever the precision of the stored weights.
     tolerance = PLAIN["fp32" if report.backend == "torch" else bundle.precision]
-    timesteps = torch.tensor([round(place * (len(schedule) - 1)) for place in tolerance.places])
-    # A schedule that ends in pure noise has no loss there to compare.
-    timesteps = timesteps[schedule.alphas_cumprod[timesteps] > 0]
-    probe = Probe.make(reference.channels, bundle.resolution, timesteps)
-    noisy = schedule.add_noise(probe.restored, probe.noise, probe.timesteps)
+    whole = Probe.make(reference.channels, bundle.resolution, _timesteps(schedule, _WHOLE_SCHEDULE))
+    noisy = schedule.add_noise(whole.restored, whole.noise, whole.timesteps)
     with TemporaryDirectory() as scratch:
-        for program in feature_programs(reference, noisy, timesteps.double()):
+        for program in feature_programs(reference, noisy, whole.timesteps.double()):
             on_stage(f"replaying the {program.name} graph")
             with closing(_open_graph(report, bundle, program.name, device, Path(scratch))) as session:
                 _compare_graph(report, program, session, PLAIN[bundle.precision])
     on_stage("comparing loss and gradient")
+    probe = Probe.make(reference.channels, bundle.resolution, _timesteps(schedule, tolerance.places))
     eager = DiffLoss.from_unet(reference.unet, schedule, value_range=(-1.0, 1.0), reduction="none")
     _compare_loss(report, loss, eager, probe, tolerance)
     return report
+
+
+def _timesteps(schedule: NoiseSchedule, places: Sequence[float]) -> Tensor:
+    return torch.tensor([round(place * (len(schedule) - 1)) for place in places])
 
 
 def _open_graph(report: Report, bundle: Bundle, name: str, device: torch.device, scratch: Path) -> Session:
