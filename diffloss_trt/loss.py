@@ -178,7 +178,7 @@ class DiffLoss(nn.Module):
             InputTypeError: wrong type, dtype or device.
         """
         evaluator = self.evaluator
-        values = restored.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+        values = self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
         check_images(
             restored,
             target,

@@ -74,8 +74,8 @@ class Bundle:
         return cls(folder, manifest)
 
     def description(self) -> dict[str, Any]:
-        """What the manifest says, as JSON values."""
-        return self._manifest.to_json()
+        """What the manifest says, and the bundle's plans by name, as JSON values; there are no plans yet."""
+        return {**self._manifest.to_json(), "plans": {}}
 
     def file(self, relative: str) -> Path:
         """The path of a file of the bundle, its hash verified the first time that it is asked for.

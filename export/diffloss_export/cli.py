@@ -11,9 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-from diffloss_engine.errors import DiffLossError, IntegrityError, ParityError
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from diffloss_export.verify import Report
@@ -24,6 +22,17 @@ FAILED_CHECK, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Return 0 when done, 1 when a check failed (parity, hash), 2 for wrong usage or input."""
     args = _parser().parse_args(argv)
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        print("diffloss-export: interrupted, nothing was written", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Brings torch with it, which takes a second or two that no help text and no wrong option should wait for.
+    from diffloss_engine.errors import DiffLossError, IntegrityError, ParityError
+
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         run: Callable[[argparse.Namespace], int] = args.run
@@ -34,13 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"diffloss-export: {error}", file=sys.stderr)
         return WRONG_INPUT
-    except KeyboardInterrupt:
-        print("diffloss-export: interrupted, nothing was written", file=sys.stderr)
-        return INTERRUPTED
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Exit with one line, as every other error of the command does."""
+        self.exit(WRONG_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="diffloss-export", description="Diffusion UNets as training losses, on inference engines."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

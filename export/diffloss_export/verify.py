@@ -13,8 +13,9 @@ from torch import Tensor
 
 from diffloss_engine.batching import run_batched
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import ParityError
+from diffloss_engine.errors import BundleError, ParityError
 from diffloss_engine.session import Session, open_session
+from diffloss_engine.tensors import TensorSpec
 from diffloss_export.programs import Program, feature_programs
 from diffloss_export.tolerances import PLAIN, RESTORED_DB, Tolerance
 from diffloss_export.widened import widened_specs, write_widened
@@ -133,7 +134,8 @@ def _timesteps(schedule: NoiseSchedule, places: Sequence[float]) -> Tensor:
 
 def _open_graph(report: Report, bundle: Bundle, name: str, device: torch.device, scratch: Path) -> Session:
     """Open a graph on the backend that the loss runs on; where that runs no graphs, on ONNX Runtime."""
-    graph, file = bundle.graphs[name], bundle.graph_file(name)
+    file = bundle.graph_file(name)
+    graph = bundle.graphs[name]
     backend = "onnxruntime" if report.backend == "torch" else report.backend
     if bundle.precision == "bf16" and device.type == "cpu":
         report.notes.append(
@@ -154,11 +156,20 @@ def _compare_graph(report: Report, program: Program, session: Session, tolerance
     """Feed the graph what the reference feeds its own half, so that one graph's error is not counted in the next."""
     with torch.no_grad():
         expected = program.module(*program.inputs.values())
+    _check_names(program.name, "takes", session.inputs, program.inputs)
+    _check_names(program.name, "returns", session.outputs, program.outputs)
     found = run_batched(
         session, {spec.name: program.inputs[spec.name].to(session.device, spec.torch_dtype) for spec in session.inputs}
     )
     for name, value in zip(program.outputs, expected, strict=True):
         report.rows.append(Row(program.name, name, _worst_relative(found[name], value), tolerance.feature))
+
+
+def _check_names(graph: str, verb: str, specs: Iterable[TensorSpec], expected: Iterable[str]) -> None:
+    """Raise `BundleError` unless the graph was made of a UNet and a schedule such as the bundle's."""
+    names = [spec.name for spec in specs]
+    if set(names) != set(expected):
+        raise BundleError(f"the {graph} graph {verb} {names}, and the bundle's UNet and schedule {list(expected)}")
 
 
 def _worst_relative(found: Tensor, expected: Tensor) -> float:
