@@ -27,7 +27,11 @@ def check_settings(
             raise InputError(f"{name} is {weight}; expected a finite number >= 0")
     if reduction not in ("mean", "none"):
         raise InputError(f"reduction is {reduction!r}; expected 'mean' or 'none'")
-    if not isinstance(value_range, Sequence) or len(value_range) != 2:
+    if (
+        not isinstance(value_range, Sequence)
+        or len(value_range) != 2
+        or not all(isinstance(bound, int | float) for bound in value_range)
+    ):
         raise InputTypeError(f"value_range is {value_range!r}; expected (low, high), such as (0.0, 1.0)")
     low, high = (float(bound) for bound in value_range)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):

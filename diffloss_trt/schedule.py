@@ -62,7 +62,7 @@ class NoiseSchedule:
             raise BundleError("the schedule's alphas_cumprod must be a list of numbers")
         try:
             return cls(torch.tensor(numbers, dtype=torch.float64), value["prediction_type"])
-        except InputError as error:
+        except (InputError, OverflowError) as error:
             raise BundleError(f"the schedule is not usable: {error}") from error
 
     def __len__(self) -> int:

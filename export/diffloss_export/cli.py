@@ -52,9 +52,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="diffloss-export", description="Diffusion UNets as training losses, on inference engines."
-    )
+    parser = _Parser(prog="diffloss-export", description="Diffusion UNets as training losses, on inference engines.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     onnx = commands.add_parser("onnx", help="export a diffusion UNet to a bundle, and check it against eager PyTorch")
@@ -159,7 +157,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     bundle = Bundle.open(args.bundle)
     bundle.verify_hashes()
-    description = bundle.description()
+    description = {**bundle.description(), "plans": {}}
     if args.json:
         print(json.dumps(description, indent=2, sort_keys=True))
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -53,7 +54,9 @@ class Report:
     @property
     def worst(self) -> Row:
         """The comparison that is nearest to its tolerance, or furthest beyond it."""
-        return max(self.rows, key=lambda row: (not row.passed, row.error / row.tolerance))
+        return max(
+            self.rows, key=lambda row: (not row.passed, row.error / row.tolerance if row.tolerance else math.inf)
+        )
 
     def raise_for_failure(self) -> None:
         """Raise `ParityError`, naming the worst comparison, unless all passed."""

@@ -1,0 +1,74 @@
+"""Bundles that are exported once for all tests, and copies of them to alter."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+
+from diffloss_engine.bundle import Bundle
+from diffloss_export.pipeline import export_bundle
+from exports import Exported, make_model
+from unets import make_unet
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+    """(kind="two_levels", precision="fp32", prediction_type="epsilon", resolution=None) -> Exported, batch size 2."""
+
+    @functools.cache
+    def exported(
+        kind: str = "two_levels",
+        precision: str = "fp32",
+        prediction_type: str = "epsilon",
+        resolution: tuple[int, int] | None = None,
+    ) -> Exported:
+        stages: list[str] = []
+        bundle, report = export_bundle(
+            make_model(kind, prediction_type),
+            tmp_path_factory.mktemp("exported") / "bundle",
+            resolution=resolution,
+            batch_size=2,
+            precision=precision,
+            on_stage=stages.append,
+        )
+        return Exported(bundle, report, tuple(stages))
+
+    return exported
+
+
+@pytest.fixture
+def copied(exported: Callable[..., Exported], tmp_path: Path) -> Callable[..., Path]:
+    """(the arguments of `exported`) -> the folder of a copy of that bundle, which may be altered."""
+
+    def copied(*args: str, **settings: str) -> Path:
+        return Path(shutil.copytree(exported(*args, **settings).bundle.path, tmp_path / "copied"))
+
+    return copied
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a diffusers pipeline's folder with the smallest UNet."""
+    folder = tmp_path_factory.mktemp("model") / "pipeline"
+    unet = make_unet("two_levels", dtype=torch.float32)
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler(beta_end=0.01)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def bundle(exported: Callable[..., Exported]) -> Bundle:
+    """Return the fp32 bundle of the smallest UNet."""
+    return exported().bundle
+
+
+@pytest.fixture(scope="session")
+def command() -> list[str]:
+    """Return the command line of a child process, up to the name of the subcommand."""
+    return [sys.executable, "-m", "diffloss_export"]

@@ -1,0 +1,234 @@
+"""Real exports of small UNets: what is in the bundle, that equal inputs give equal bytes, and that it is all or nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from diffloss_engine.bundle import Bundle, file_sha256
+from diffloss_engine.errors import InputError, ModelError, ParityError
+from diffloss_export import tolerances
+from diffloss_export.pipeline import check_resolution, export_bundle
+from diffloss_trt.contract import ENCODER, NOISE_HEAD, PRECISIONS, SCHEDULE, UNET_CONFIG, UNET_WEIGHTS
+from diffloss_trt.schedule import NoiseSchedule
+from diffloss_trt.unet import TappedUNet
+from exports import Exported, make_model, make_schedule
+from unets import make_unet
+
+CONFIGURATIONS = [
+    ("two_levels", "fp32", "epsilon", None),
+    ("two_levels", "fp16", "epsilon", None),
+    ("two_levels", "bf16", "epsilon", None),
+    ("four_levels", "fp32", "epsilon", None),
+    ("four_levels", "bf16", "epsilon", None),
+    ("adm", "fp32", "epsilon", None),
+    ("adm", "fp16", "epsilon", None),
+    ("variance", "fp32", "v_prediction", None),
+    ("two_levels", "fp16", "v_prediction", None),
+    ("two_levels", "fp32", "sample", None),
+    ("one_channel", "fp32", "epsilon", (16, 32)),
+    ("asymmetric_padding", "fp16", "epsilon", (32, 16)),
+    ("skip_blocks", "fp32", "epsilon", None),
+    ("learned_time", "fp16", "epsilon", None),
+]
+
+
+@pytest.mark.parametrize(("kind", "precision", "prediction_type", "resolution"), CONFIGURATIONS)
+def test_export_passes_its_own_check(
+    exported: Callable[..., Exported],
+    kind: str,
+    precision: str,
+    prediction_type: str,
+    resolution: tuple[int, int] | None,
+) -> None:
+    result = exported(kind, precision, prediction_type, resolution)
+    bundle, report = result.bundle, result.report
+    assert [row for row in report.rows if not row.passed] == []
+    checked = {(row.check, row.quantity) for row in report.rows}
+    in_graphs = {(name, spec.name) for name, graph in bundle.graphs.items() for spec in graph.outputs}
+    assert set(bundle.graphs) == {ENCODER, NOISE_HEAD}
+    in_loss = {
+        ("loss", "naturalness"),
+        ("loss", "semantic"),
+        ("loss", "gradient"),
+        ("loss", "1 - cosine of gradient"),
+        ("semantic loss alone", "semantic"),
+        ("semantic loss alone", "gradient"),
+        ("semantic loss alone", "1 - cosine of gradient"),
+    }
+    assert checked == in_graphs | in_loss
+    # An error of exactly zero everywhere would mean that something was compared with itself.
+    assert all(row.error > 0 for row in report.rows if row.quantity in ("bottleneck", "noise", "gradient"))
+
+    size = make_unet(kind).config.sample_size
+    assert bundle.resolution == (resolution or (size, size))
+    assert (bundle.batch_size, bundle.precision) == (2, precision)
+    channels = make_unet(kind).config.in_channels
+    noisy = bundle.graphs[ENCODER].inputs[0]
+    assert (noisy.name, noisy.dtype, noisy.shape) == ("noisy", "float32", (2, channels, *bundle.resolution))
+    (noise,) = bundle.graphs[NOISE_HEAD].outputs
+    assert (noise.name, noise.dtype, noise.shape) == ("noise", "float32", noisy.shape)
+    bottleneck = bundle.graphs[ENCODER].outputs[0]
+    assert bottleneck.torch_dtype == PRECISIONS[precision]
+
+
+def test_every_step_is_announced_in_order(exported: Callable[..., Exported]) -> None:
+    assert exported().stages == (
+        "writing the UNet",
+        "exporting the encoder graph",
+        "exporting the noise_head graph",
+        "checking hashes",
+        "replaying the encoder graph",
+        "replaying the noise_head graph",
+        "comparing loss and gradient",
+    )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bundle_holds_the_unet_in_its_precision(exported: Callable[..., Exported], precision: str) -> None:
+    bundle = exported(precision=precision).bundle
+    stored = load_file(bundle.file(UNET_WEIGHTS))
+    state = make_unet("two_levels", dtype=torch.float32).state_dict()
+    assert stored.keys() == state.keys()
+    assert all(torch.equal(stored[key], weight.to(PRECISIONS[precision])) for key, weight in state.items())
+    assert bundle.unet["class"] == "UNet2DModel"
+    assert bundle.unet["parameters"] == sum(weight.numel() for weight in state.values())
+    assert bundle.unet["sha256"] == file_sha256(bundle.path / UNET_WEIGHTS)
+    assert bundle.read_json(UNET_CONFIG)["block_out_channels"] == [16, 32]
+    schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
+    assert torch.equal(schedule.alphas_cumprod, make_schedule().alphas_cumprod)
+
+
+def test_bundle_holds_nothing_else(exported: Callable[..., Exported]) -> None:
+    bundle = exported().bundle
+    assert set(bundle.files) == {"encoder.onnx", "noise_head.onnx", UNET_CONFIG, UNET_WEIGHTS, SCHEDULE}
+    # The manifest beside them, and no hidden folder beside the bundle.
+    assert [path.name for path in bundle.path.parent.iterdir()] == ["bundle"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_equal_inputs_give_equal_bytes(exported: Callable[..., Exported], tmp_path: Path, precision: str) -> None:
+    elsewhere = tmp_path / "a folder of another name"
+    export_bundle(make_model(), elsewhere, batch_size=2, precision=precision)
+    assert contents(elsewhere) == contents(exported(precision=precision).bundle.path)
+
+
+def test_source_leaves_no_trace(exported: Callable[..., Exported]) -> None:
+    bundle = exported().bundle
+    for path, content in contents(bundle.path).items():
+        for trace in (str(Path(__file__).parents[2]), str(bundle.path.parent), "site-packages", "Traceback", ".py"):
+            assert trace.encode() not in content, (path, trace)
+
+
+def test_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    impossible = tolerances.Tolerance(feature=1e-30, term=1e-30, gradient=1e-30, cosine=1.0, places=(0.5,))
+    monkeypatch.setitem(tolerances.PLAIN, "fp32", impossible)
+    with pytest.raises(ParityError, match=r"the error against float64 is .*, allowed 1e-30"):
+        export_bundle(make_model(), tmp_path / "bundle", batch_size=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_check_leaves_the_bundle_that_was_to_be_replaced(
+    copied: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied()
+    before = contents(folder)
+    impossible = tolerances.Tolerance(feature=1e-30, term=1e-30, gradient=1e-30, cosine=1.0, places=(0.5,))
+    monkeypatch.setitem(tolerances.PLAIN, "fp32", impossible)
+    with pytest.raises(ParityError):
+        export_bundle(make_model(), folder, batch_size=1, overwrite=True)
+    assert contents(folder) == before
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_activations_beyond_half_precision_are_a_failed_check(tmp_path: Path) -> None:
+    model = make_model()
+    # Every weight is a good fp16 number; what comes out of the first convolution is not.
+    model.unet.conv_in.weight *= 6e4 / model.unet.conv_in.weight.abs().max()
+    with pytest.raises(ParityError, match=r"error against float64 is inf"):
+        export_bundle(model, tmp_path / "bundle", batch_size=1, precision="fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_beyond_half_precision_are_refused(tmp_path: Path) -> None:
+    model = make_model()
+    model.unet.conv_in.weight[0, 0, 0, 0] = 7e4
+    with pytest.raises(InputError, match=r"conv_in\.weight is beyond the range of fp16; use bf16 or fp32"):
+        export_bundle(model, tmp_path / "bundle", precision="fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unet_that_onnx_cannot_express_is_refused(tmp_path: Path) -> None:
+    class Cumulative(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.cummax(dim=-1).values
+
+    model = make_model()
+    model.unet.conv_act = Cumulative()
+    with pytest.raises(ModelError, match=r"^the noise_head graph cannot be expressed in ONNX: .*cummax"):
+        export_bundle(model, tmp_path / "bundle", batch_size=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "int8"}, "precision is 'int8'; expected one of fp32, fp16, bf16"),
+        ({"batch_size": 0}, "batch size is 0; expected at least 1"),
+        ({"resolution": (16, 17)}, "resolution is 16x17; .*multiples of 2"),
+        ({"resolution": (0, 16)}, "resolution is 0x16; .*multiples of 2"),
+    ],
+)
+def test_unusable_settings_are_refused(tmp_path: Path, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        export_bundle(make_model(), tmp_path / "bundle", **settings)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_destination_is_looked_at_before_any_work(copied: Callable[..., Path]) -> None:
+    folder = copied()
+    stages: list[str] = []
+    with pytest.raises(InputError, match="exists already"):
+        export_bundle(make_model(), folder, on_stage=stages.append)
+    assert stages == []
+
+
+def test_a_bundle_is_replaced_when_asked(copied: Callable[..., Path]) -> None:
+    folder = copied()
+    export_bundle(make_model(), folder, batch_size=1, overwrite=True)
+    assert Bundle.open(folder).batch_size == 1
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(("sample_size", "expected"), [(16, (16, 16)), ((16, 32), (16, 32))])
+def test_default_resolution_is_the_unets(sample_size: object, expected: tuple[int, int]) -> None:
+    tapped = TappedUNet(make_unet(sample_size=sample_size), make_schedule())
+    assert check_resolution(tapped, None) == expected
+    assert check_resolution(tapped, (8, 10)) == (8, 10)
+
+
+def test_resolution_is_needed_where_the_unet_has_none() -> None:
+    tapped = TappedUNet(make_unet(sample_size=None), make_schedule())
+    with pytest.raises(InputError, match="no sample_size: a resolution must be given"):
+        check_resolution(tapped, None)
+
+
+def test_resolution_multiple_is_that_of_the_levels() -> None:
+    tapped = TappedUNet(make_unet("four_levels"), make_schedule())
+    with pytest.raises(InputError, match="resolution is 32x36; this UNet takes .* multiples of 8"):
+        check_resolution(tapped, (32, 36))
+
+
+def test_manifest_is_sorted_and_readable(exported: Callable[..., Exported]) -> None:
+    text = (exported().bundle.path / "manifest.json").read_text()
+    assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,186 @@
+"""What is run, and when; and a bundle's loss against the eager one in float64."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffloss_engine.bundle import Bundle
+from diffloss_export.tolerances import PLAIN
+from diffloss_trt import DiffLoss, NoiseSchedule
+from diffloss_trt.evaluators import RecomputeEvaluator
+from unets import make_unet
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+Exported = tuple[Path, Any, NoiseSchedule]
+
+
+def count_calls(unet: Any) -> Counter[str]:
+    """Count how often the parts of a UNet are called from now on."""
+    calls: Counter[str] = Counter()
+
+    def counting(name: str) -> Callable[..., None]:
+        return lambda *_: calls.update([name])
+
+    for name in ("conv_in", "mid_block", "up_blocks.0", "conv_out"):
+        unet.get_submodule(name).register_forward_hook(counting(name))
+    return calls
+
+
+ENCODER_ONLY = {"conv_in": 1, "mid_block": 1}
+WHOLE = {"conv_in": 1, "mid_block": 1, "up_blocks.0": 1, "conv_out": 1}
+
+
+@pytest.mark.parametrize(
+    ("weights", "each"), [((1e-3, 1e-6), WHOLE), ((1.0, 0.0), WHOLE), ((0.0, 1.0), ENCODER_ONLY), ((0.0, 0.0), {})]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weight_of_zero_removes_the_work(
+    weights: tuple[float, float], each: dict[str, int], dtype: torch.dtype, make_batch: Callable[..., Batch]
+) -> None:
+    unet = make_unet(dtype=dtype)
+    schedule = NoiseSchedule(torch.linspace(0.99, 0.01, 1000, dtype=torch.float64))
+    loss = DiffLoss.from_unet(
+        unet, schedule, naturalness_weight=weights[0], semantic_weight=weights[1], value_range=(-1, 1)
+    )
+    restored, target, noise, timesteps = make_batch(dtype=torch.float32)
+    calls = count_calls(unet)
+    with torch.no_grad():
+        silent = loss.terms(restored, target, noise=noise, timesteps=timesteps)
+    assert calls == {name: 2 * count for name, count in each.items()}
+    calls.clear()
+    restored.requires_grad_()
+    terms = loss.terms(restored, target, noise=noise, timesteps=timesteps)
+    terms.total.sum().backward()
+    # A half-precision UNet is run once more for its gradient.
+    runs = 2 if dtype == torch.float64 else 3
+    assert calls == {name: runs * count for name, count in each.items()}
+    assert restored.grad is not None
+    assert bool(restored.grad.any()) == bool(each)
+    for weight, term in zip(weights, terms[1:], strict=True):
+        assert not term.requires_grad
+        assert bool(term.all()) == bool(weight)
+    for with_tape, without in zip(terms, silent, strict=True):
+        assert torch.equal(with_tape.detach(), without)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    a, b = found.double().flatten(1), expected.flatten(1)
+    return float(((a - b).norm(dim=1) / b.norm(dim=1)).max())
+
+
+def losses(exported: Exported, backend: str, **settings: Any) -> tuple[DiffLoss, DiffLoss]:
+    """Return the bundle's loss and the reference."""
+    folder, unet, schedule = exported
+    settings = {"value_range": (-1, 1), "reduction": "none", **settings}
+    return DiffLoss.load(folder, backend, "cpu", **settings), DiffLoss.from_unet(unet, schedule, **settings)
+
+
+def value_and_gradient(loss: DiffLoss, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    restored, target, noise = (tensor.to(dtype) for tensor in batch[:3])
+    restored.requires_grad_()
+    total = loss(restored, target, noise=noise, timesteps=batch[3])
+    (gradient,) = torch.autograd.grad(total.sum(), restored)
+    return total.detach(), gradient
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("weights", [(1e-3, 1e-6), (1.0, 0.0), (0.0, 1.0)])
+def test_bundle_is_the_reference(
+    exported: Exported, backend: str, weights: tuple[float, float], make_batch: Callable[..., Batch]
+) -> None:
+    batch = make_batch(count=5)
+    loss, reference = losses(exported, backend, naturalness_weight=weights[0], semantic_weight=weights[1])
+    value, gradient = value_and_gradient(loss, batch, torch.float32)
+    expected, expected_gradient = value_and_gradient(reference, batch, torch.float64)
+    assert relative(value, expected) < PLAIN["fp32"].term
+    assert relative(gradient, expected_gradient) < PLAIN["fp32"].gradient
+    # Negative control: of 177,000 weights one is changed.
+    folder, unet, schedule = exported
+    unet = copy.deepcopy(unet)
+    unet.mid_block.resnets[0].conv1.weight[5, 5, 1, 1] += 0.2
+    altered, _ = value_and_gradient(
+        DiffLoss.from_unet(
+            unet,
+            schedule,
+            naturalness_weight=weights[0],
+            semantic_weight=weights[1],
+            value_range=(-1, 1),
+            reduction="none",
+        ),
+        batch,
+        torch.float64,
+    )
+    assert relative(value, altered) > PLAIN["fp32"].term
+
+
+def test_every_batch_size_from_one_to_nine(exported: Exported, make_batch: Callable[..., Batch]) -> None:
+    """The bundle takes four images at a time: fewer are filled up, more are cut."""
+    loss, _ = losses(exported, "onnxruntime")
+    nine = tuple(torch.cat([tensor, tensor[:4] if tensor.ndim == 1 else -tensor[:4]]) for tensor in make_batch(count=5))
+    restored, target, noise, timesteps = nine
+    restored, target, noise = restored.float(), target.float(), noise.float()
+    whole = loss(restored, target, noise=noise, timesteps=timesteps)
+    assert whole.unique().numel() == 9
+    for count in range(1, 9):
+        part = loss(restored[:count], target[:count], noise=noise[:count], timesteps=timesteps[:count])
+        torch.testing.assert_close(part, whole[:count], rtol=2e-5, atol=0)
+        rest = loss(restored[count:], target[count:], noise=noise[count:], timesteps=timesteps[count:])
+        torch.testing.assert_close(rest, whole[count:], rtol=2e-5, atol=0)
+
+
+def test_semantic_term_alone_does_not_run_the_noise_head(exported: Exported, batch: Batch) -> None:
+    loss, _ = losses(exported, "onnxruntime", naturalness_weight=0.0, semantic_weight=1.0)
+    assert isinstance(loss.evaluator, RecomputeEvaluator)
+    calls = count_calls(loss.evaluator.unet.unet)
+    loss.evaluator.sessions["noise_head"].close()  # a call would raise BackendError
+    value_and_gradient(loss, batch, torch.float32)
+    assert calls == ENCODER_ONLY
+
+
+def test_copies_share_sessions_and_pickles_open_their_own(exported: Exported, batch: Batch) -> None:
+    loss, _ = losses(exported, "onnxruntime", semantic_weight=0.5)
+    copied = copy.deepcopy(loss)
+    pickled = pickle.dumps(loss)
+    assert len(pickled) < 20_000  # the bundle's address, not its weights
+    again = pickle.loads(pickled)
+    assert copied.evaluator is loss.evaluator
+    assert again.evaluator is not loss.evaluator
+    value, gradient = value_and_gradient(loss, batch, torch.float32)
+    for other in (copied, again):
+        other_value, other_gradient = value_and_gradient(other, batch, torch.float32)
+        assert torch.equal(other_value, value)
+        assert torch.equal(other_gradient, gradient)
+
+
+def test_settings_of_copies_are_apart(exported: Exported, batch: Batch) -> None:
+    loss, _ = losses(exported, "onnxruntime")
+    before, _ = value_and_gradient(loss, batch, torch.float32)
+    copied = copy.deepcopy(loss)
+    copied.naturalness_weight = 0.0
+    after, _ = value_and_gradient(loss, batch, torch.float32)
+    assert torch.equal(before, after)
+
+
+def test_bundle_takes_one_resolution(exported: Exported) -> None:
+    loss, _ = losses(exported, "onnxruntime")
+    assert loss.resolution == Bundle.open(exported[0]).resolution == (16, 16)
+    with pytest.raises(ValueError, match=r"restored has shape \[1, 3, 32, 32\]; expected \[1, 3, 16, 16\]"):
+        loss(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32))
+
+
+def test_evaluators_describe_themselves(exported: Exported) -> None:
+    for backend in ("onnxruntime", "torch"):
+        loss, reference = losses(exported, backend)
+        assert f"backend={backend}, device=cpu" in repr(loss)
+        assert loss.evaluator.schedule.prediction_type == reference.evaluator.schedule.prediction_type == "v_prediction"
+        assert not list(loss.parameters())
+        assert not loss.state_dict()

@@ -1,0 +1,155 @@
+"""Everything that a trainer can pass in wrongly: what is raised, and what it says."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffloss_engine.errors import DiffLossError, InputError, InputTypeError, ModelError
+from diffloss_trt import DiffLoss
+from unets import make_unet
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(scope="module")
+def loss(scheduler: Any) -> DiffLoss:
+    """A loss that takes images in [0, 1], multiples of 8 in height and width."""
+    return DiffLoss.from_unet(make_unet("four_levels", dtype=torch.float32), scheduler)
+
+
+def image(*shape: int) -> Tensor:
+    return torch.rand(shape or (2, 3, 16, 16))
+
+
+def with_value(value: float) -> Tensor:
+    altered = image()
+    altered[1, 2, 3, 4] = value
+    return altered
+
+
+IMAGES: list[tuple[type[DiffLossError], Any, Any, str]] = [
+    (InputError, image(3, 16, 16), image(3, 16, 16), r"restored has shape \[3, 16, 16\]; expected four axes"),
+    (InputError, image(2, 1, 16, 16), image(), r"restored has shape \[2, 1, 16, 16\]; expected \[2, 3, 16, 16\]"),
+    (InputError, image(2, 16, 16, 3), image(2, 16, 16, 3), r"restored is 16x3; .*multiples of 8"),
+    (InputError, image(2, 3, 20, 16), image(2, 3, 20, 16), r"restored is 20x16; .*multiples of 8"),
+    (InputError, image(2, 3, 0, 16), image(2, 3, 0, 16), r"restored is 0x16"),
+    (InputError, image(0, 3, 16, 16), image(0, 3, 16, 16), r"restored has shape \[0, 3, 16, 16\]; .*at least one"),
+    (InputError, image(), image(1, 3, 16, 16), r"target has shape \[1, 3, 16, 16\]; expected \[2, 3, 16, 16\]"),
+    (InputError, image(), image(2, 3, 16, 24), r"target has shape \[2, 3, 16, 24\]; expected \[2, 3, 16, 16\]"),
+    (InputError, image(), image()[0], r"target has shape \[3, 16, 16\]; expected \[2, 3, 16, 16\]"),
+    (InputTypeError, image().byte(), image(), r"restored has dtype torch\.uint8; expected a floating-point"),
+    (InputTypeError, image(), (255 * image()).byte(), r"target has dtype torch\.uint8; expected a floating-point"),
+    (InputTypeError, image().to(torch.complex64), image(), r"restored has dtype torch\.complex64"),
+    (InputTypeError, image().numpy(), image(), r"restored is a ndarray; expected a torch\.Tensor"),
+    (InputTypeError, [0.5], image(), r"restored is a list; expected a torch\.Tensor"),
+    (InputTypeError, image(), None, r"target is a NoneType; expected a torch\.Tensor"),
+    (InputTypeError, image().to("meta"), image(), r"restored is on meta; expected cpu, where the loss is"),
+    (InputTypeError, image(), image().to("meta"), r"target is on meta; expected cpu, where the loss is"),
+    (InputError, with_value(math.nan), image(), "restored holds NaN or infinite values"),
+    (InputError, with_value(-math.inf), image(), "restored holds NaN or infinite values"),
+    (InputError, image(), with_value(math.nan), "target holds NaN or infinite values"),
+    (InputError, image(), with_value(math.inf), "target holds NaN or infinite values"),
+    (InputError, image(), 255 * image(), r"target has values from .* to 25.*; expected about 0 to 1 \(value_range"),
+    (InputError, image(), 2 * image() - 1, r"target has values from -0\.9.* to .*; expected about 0 to 1"),
+    (InputError, 255 * image(), image(), r"restored has values from .* to 25.*; expected about 0 to 1"),
+    (InputError, image(), image().requires_grad_(), r"target requires grad; .*target\.detach\(\)"),
+]
+
+
+@pytest.mark.parametrize(("error", "restored", "target", "message"), IMAGES)
+def test_bad_images(loss: DiffLoss, error: type[DiffLossError], restored: Any, target: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        loss(restored, target)
+
+
+@pytest.mark.parametrize("weights", [(0.0, 0.0), (0.0, 1.0)])
+def test_weights_of_zero_do_not_switch_checks_off(scheduler: Any, weights: tuple[float, float]) -> None:
+    loss = DiffLoss.from_unet(make_unet(), scheduler, naturalness_weight=weights[0], semantic_weight=weights[1])
+    with pytest.raises(InputError, match="target holds NaN"):
+        loss(image(), with_value(math.nan))
+
+
+def test_range_leaves_room_for_networks_and_resampling(loss: DiffLoss) -> None:
+    restored = image() * 20 - 5  # a network that was just initialised
+    assert loss(restored, with_value(1.09)).isfinite()
+    with pytest.raises(InputError, match=r"target has values .*to 1\.11"):
+        loss(restored, with_value(1.11))
+
+
+@pytest.mark.parametrize(
+    ("error", "timesteps", "message"),
+    [
+        (InputError, torch.tensor([0, 1000]), r"timesteps has values from 0 to 1000; expected 0 to 999"),
+        (InputError, torch.tensor([-1, 10]), r"timesteps has values from -1 to 10; expected 0 to 999"),
+        (InputError, torch.tensor([1]), r"timesteps has shape \[1\]; expected \[2\]"),
+        (InputError, torch.tensor([1, 2, 3]), r"timesteps has shape \[3\]; expected \[2\]"),
+        (InputError, torch.tensor(5), r"timesteps has shape \[\]; expected \[2\]"),
+        (InputError, torch.tensor([[1], [2]]), r"timesteps has shape \[2, 1\]; expected \[2\]"),
+        (InputTypeError, torch.tensor([1.0, 2.0]), r"timesteps has dtype torch\.float32; expected an integer"),
+        (InputTypeError, torch.tensor([True, False]), r"timesteps has dtype torch\.bool; expected an integer"),
+        (InputTypeError, 5, r"timesteps is a int; expected an integer torch\.Tensor \[2\]"),
+        (InputTypeError, [1, 2], r"timesteps is a list"),
+        (InputTypeError, torch.tensor([1, 2], device="meta"), r"timesteps is on meta; expected cpu"),
+    ],
+)
+def test_bad_timesteps(loss: DiffLoss, error: type[DiffLossError], timesteps: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        loss(image(), image(), timesteps=timesteps)
+
+
+@pytest.mark.parametrize(
+    ("error", "noise", "message"),
+    [
+        (InputError, torch.randn(1, 3, 16, 16), r"noise has shape \[1, 3, 16, 16\]; expected \[2, 3, 16, 16\]"),
+        (InputError, torch.randn(2, 3, 8, 8), r"noise has shape \[2, 3, 8, 8\]; expected \[2, 3, 16, 16\]"),
+        (InputTypeError, torch.ones(2, 3, 16, 16, dtype=torch.int64), r"noise has dtype torch\.int64"),
+        (InputTypeError, torch.ones(2, 3, 16, 16, device="meta"), r"noise is on meta; expected cpu"),
+        (InputTypeError, 0.5, r"noise is a float"),
+        (InputError, torch.randn(2, 3, 16, 16).requires_grad_(), r"noise requires grad"),
+    ],
+)
+def test_bad_noise(loss: DiffLoss, error: type[DiffLossError], noise: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        loss(image(), image(), noise=noise)
+
+
+SETTINGS: list[tuple[type[DiffLossError], dict[str, Any], str]] = [
+    (InputError, {"naturalness_weight": -1.0}, r"naturalness_weight is -1\.0; expected a finite number >= 0"),
+    (InputError, {"semantic_weight": math.nan}, r"semantic_weight is nan; expected a finite number >= 0"),
+    (InputError, {"semantic_weight": math.inf}, r"semantic_weight is inf; expected a finite number >= 0"),
+    (InputTypeError, {"naturalness_weight": True}, r"naturalness_weight is a bool; expected a number"),
+    (InputTypeError, {"semantic_weight": "1e-6"}, r"semantic_weight is a str; expected a number"),
+    (InputTypeError, {"semantic_weight": None}, r"semantic_weight is a NoneType; expected a number"),
+    (InputError, {"reduction": "sum"}, r"reduction is 'sum'; expected 'mean' or 'none'"),
+    (InputError, {"reduction": None}, r"reduction is None; expected 'mean' or 'none'"),
+    (InputError, {"value_range": (1.0, 0.0)}, r"value_range is \(1\.0, 0\.0\); expected finite bounds with low < high"),
+    (InputError, {"value_range": (0, 0)}, r"low < high"),
+    (InputError, {"value_range": (-math.inf, 1)}, r"expected finite bounds"),
+    (InputError, {"value_range": (math.nan, 1)}, r"expected finite bounds"),
+    (InputTypeError, {"value_range": 255}, r"value_range is 255; expected \(low, high\)"),
+    (InputTypeError, {"value_range": (0, 1, 2)}, r"value_range is \(0, 1, 2\); expected \(low, high\)"),
+    (InputTypeError, {"value_range": "01"}, r"value_range is '01'; expected \(low, high\)"),
+    (InputTypeError, {"value_range": (0, None)}, r"value_range is \(0, None\); expected \(low, high\)"),
+    (InputTypeError, {"value_range": ("a", "b")}, r"value_range is \('a', 'b'\); expected \(low, high\)"),
+]
+
+
+@pytest.mark.parametrize(("error", "settings", "message"), SETTINGS)
+def test_bad_settings(scheduler: Any, error: type[DiffLossError], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(error, match=message):
+        DiffLoss.from_unet(make_unet(), scheduler, **settings)
+    # Settings are looked at first: a run that is told wrongly does not read gigabytes before it says so.
+    with pytest.raises(error, match=message):
+        DiffLoss.load("no such bundle", **settings)
+
+
+def test_bad_models(scheduler: Any) -> None:
+    with pytest.raises(ModelError, match="class-conditional"):
+        DiffLoss.from_unet(make_unet(num_class_embeds=4), scheduler)
+    with pytest.raises(ModelError, match="has no alphas_cumprod"):
+        DiffLoss.from_unet(make_unet(), object())
