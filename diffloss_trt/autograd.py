@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from diffloss_engine.errors import BackendError
 from diffloss_trt.objective import combine, mean_square
 from diffloss_trt.unet import Features, TappedUNet
 
@@ -47,14 +47,15 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
 def input_gradient(unet: TappedUNet, noisy: Tensor, timesteps: Tensor, cotangents: Cotangents) -> Tensor:
     """Return each sample's gradient of the loss with respect to `noisy`, in its dtype: PyTorch runs the UNet."""
     leaf = noisy.detach().requires_grad_()
-    with torch.enable_grad():
+    # Where a trainer calls backward() under autocast, that would reach into the matrix products of the UNet's backward.
+    with torch.enable_grad(), torch.autocast(noisy.device.type, enabled=False):
         features = unet.features(leaf, timesteps, with_noise=cotangents.noise is not None)
-    outputs, gradients = [features.bottleneck], [cotangents.bottleneck]
-    if features.noise is not None and cotangents.noise is not None:
-        outputs.append(features.noise)
-        gradients.append(cotangents.noise)
-    typed = [gradient.to(output.dtype) for output, gradient in zip(outputs, gradients, strict=True)]
-    (gradient,) = torch.autograd.grad(outputs, leaf, typed)
+        outputs, gradients = [features.bottleneck], [cotangents.bottleneck]
+        if features.noise is not None and cotangents.noise is not None:
+            outputs.append(features.noise)
+            gradients.append(cotangents.noise)
+        typed = [gradient.to(output.dtype) for output, gradient in zip(outputs, gradients, strict=True)]
+        (gradient,) = torch.autograd.grad(outputs, leaf, typed)
     return torch.ldexp(gradient, _per_sample(cotangents.exponent, gradient))
 
 
@@ -74,8 +75,24 @@ class Recompute(torch.autograd.Function):
         return total.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         noisy, timesteps = ctx.saved_tensors
         gradient = input_gradient(ctx.unet, noisy, timesteps, ctx.cotangents)
-        return gradient * _per_sample(upstream, gradient), None, None, None, None
+        scaled: Tensor = _Final.apply(gradient, noisy, upstream)  # type: ignore[no-untyped-call]
+        return scaled, None, None, None, None
+
+
+class _Final(torch.autograd.Function):
+    """Multiplies `gradient` by `upstream`, and refuses to be differentiated.
+
+    The gradient depends on `noisy`, which is on no tape. PyTorch's `once_differentiable` looks at `upstream` alone,
+    and would let a gradient penalty go by as a constant.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, noisy: Tensor, upstream: Tensor) -> Tensor:
+        return gradient * _per_sample(upstream, gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise BackendError("the gradient of this loss cannot be differentiated again: it was not made on a tape")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,11 @@ class Row:
         """Whether the error is a number within the tolerance."""
         return self.error <= self.tolerance
 
+    @property
+    def excess(self) -> float:
+        """The error as a multiple of the tolerance."""
+        return self.error / self.tolerance if self.tolerance else math.inf
+
 
 @dataclass
 class Report:
@@ -54,9 +59,7 @@ class Report:
     @property
     def worst(self) -> Row:
         """The comparison that is nearest to its tolerance, or furthest beyond it."""
-        return max(
-            self.rows, key=lambda row: (not row.passed, row.error / row.tolerance if row.tolerance else math.inf)
-        )
+        return max(self.rows, key=lambda row: (not row.passed, row.excess))
 
     def raise_for_failure(self) -> None:
         """Raise `ParityError`, naming the worst comparison, unless all passed."""

@@ -1,150 +1,350 @@
-"""The command line: what it prints, its exit status, and one clear line for whatever a user can get wrong."""
+"""The command as a user types it: what it prints, where, and its exit status; children are real processes."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from diffloss_engine.bundle import MANIFEST, Bundle, BundleWriter, file_sha256
+from diffloss_engine.errors import BundleError
 from diffloss_export.cli import main
-from diffloss_export.verify import Report
+from diffloss_trt.contract import UNET_WEIGHTS
+from exports import Exported, edit_json, rehash, repoint
+
+Run = Callable[..., tuple[int, str, str]]
 
 
-def refused(capsys: pytest.CaptureFixture[str], status: int, *arguments: str | Path) -> str:
-    """Run a command that must fail with `status`; return the one line that it says."""
-    assert main([str(argument) for argument in arguments]) == status
-    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[")]
-    assert len(said) == 1
-    return said[0].removeprefix("diffloss-export: ")
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """(*arguments) -> exit status, stdout, stderr of the command in this process."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as error:  # argparse
+            status = int(error.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
 
 
-def test_inspect(exported: tuple[Path, Report], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(exported[0]), "--json"]) == 0
-    described = json.loads(capsys.readouterr().out)
-    assert described["format_version"] == 1
-    assert described["unet"]["class"] == "UNet2DModel"
-    assert described["unet"]["parameters"] > 0
-    assert len(described["unet"]["sha256"]) == 64
-    assert (described["resolution"], described["batch_size"], described["precision"]) == ([16, 16], 4, "fp32")
-    assert described["plans"] == {}
-    assert set(described["graphs"]) == {"encoder", "noise_head"}
-    for graph in described["graphs"].values():
-        assert graph["nodes"] > 0
-        assert graph["inputs"]
-        assert graph["outputs"]
-        assert len(graph["sha256"]) == 64
-    assert main(["inspect", str(exported[0])]) == 0
-    assert "every hash right" in capsys.readouterr().out
+def refusal(stderr: str) -> str:
+    """Return the one line that says what is wrong, without the lines that say what is being done."""
+    (line,) = (line for line in stderr.splitlines() if not line.startswith("["))
+    assert line.startswith("diffloss-export")
+    return line
 
 
-def test_verify(exported: tuple[Path, Report], capsys: pytest.CaptureFixture[str]) -> None:
-    for backend in ("auto", "onnxruntime", "torch"):
-        assert main(["verify", str(exported[0]), "--backend", backend, "--device", "cpu"]) == 0
-        printed = capsys.readouterr().out
-        assert "gradient" in printed
-        assert "FAILED" not in printed
+def child(command: list[str], *arguments: object, hash_seed: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONHASHSEED": str(hash_seed)}
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
 
 
-def test_export_and_overwrite(
-    model_folder: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="session")
+def exported_by_command(
+    command: list[str], model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    destination = tmp_path_factory.mktemp("by_command") / "bundle"
+    return destination, child(command, "onnx", model_folder, "-o", destination, "--batch-size", 2)
+
+
+def test_onnx_writes_a_bundle_and_says_what_it_is(
+    exported_by_command: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
-    assert "exists already" in refused(capsys, 2, "onnx", model_folder, "-o", bundle)
-    assert main(["onnx", str(model_folder), "-o", str(bundle), "--batch-size", "1", "--overwrite"]) == 0
-    assert "worst difference from float64" in capsys.readouterr().out
-    assert json.loads((bundle / "manifest.json").read_text())["batch_size"] == 1
-    assert "is not a bundle" in refused(capsys, 2, "onnx", model_folder, "-o", tmp_path, "--overwrite")
+    destination, done = exported_by_command
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"{destination}: 2 graphs, fp32, 16x16, batch 2; replayed on onnxruntime, worst difference")
+    stages = [line.partition("] ")[2] for line in done.stderr.splitlines()]
+    assert stages[0].startswith("loading ")
+    assert stages[1:] == [
+        "writing the UNet",
+        "exporting the encoder graph",
+        "exporting the noise_head graph",
+        "checking hashes",
+        "replaying the encoder graph",
+        "replaying the noise_head graph",
+        "comparing loss and gradient",
+    ]
+    Bundle.open(destination).verify_hashes()
 
 
-def test_models_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for model in ("no such model", tmp_path / "missing", "weights.pt", tmp_path):
-        assert refused(capsys, 2, "onnx", model, "-o", tmp_path / "bundle")
-        assert not (tmp_path / "bundle").exists()
-    assert "does not exist" in refused(capsys, 2, "onnx", "builtin", "-o", tmp_path / "missing" / "bundle")
-
-
-def test_resolution_that_the_unet_cannot_take(
-    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_another_process_writes_the_same_bytes(
+    exported_by_command: tuple[Path, subprocess.CompletedProcess[str]],
+    command: list[str],
+    model_folder: Path,
+    tmp_path: Path,
 ) -> None:
-    said = refused(capsys, 2, "onnx", model_folder, "-o", tmp_path / "bundle", "--resolution", "15")
-    assert "multiples of 2" in said
+    first, _ = exported_by_command
+    moved = tmp_path / "moved model"
+    shutil.copytree(model_folder, moved)
+    second = tmp_path / "second"
+    done = child(command, "onnx", moved, "-o", second, "--batch-size", 2, hash_seed=4321)
+    assert done.returncode == 0, done.stderr
+    one, other = ({str(p.relative_to(f)): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (first, second))
+    assert one == other
+    for content in one.values():
+        assert str(model_folder.parent).encode() not in content
+        assert str(Path.home()).encode() not in content or str(Path.home()) == "/"
 
 
-def alter(bundle: Path) -> None:
-    path = bundle / "unet" / "diffusion_pytorch_model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+def wait_for(stderr: Iterator[str], stage: str) -> None:
+    assert any(stage in line for line in stderr), f"the child ended before {stage!r}"
 
 
-def newer(bundle: Path) -> None:
-    path = bundle / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_interrupted_export_leaves_no_bundle(
+    command: list[str], model_folder: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    destination = tmp_path / "bundle"
+    # A shell starts jobs in the background with SIGINT ignored, and children inherit that.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [*command, "onnx", str(model_folder), "-o", str(destination), "--batch-size", "1"],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    with process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        wait_for(iter(process.stderr), "exporting the noise_head graph")
+        process.send_signal(number)
+        rest = process.stderr.read()
+        assert process.stdout.read() == ""
+    assert not destination.exists()
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert rest.splitlines() == ["diffloss-export: interrupted, nothing was written"]
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert process.returncode == -signal.SIGKILL
+    (part,) = tmp_path.iterdir()
+    assert part.name.startswith(".bundle.partial-")
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest\.json"):
+        Bundle.open(part)
+    # Nor is it in the way of the next attempt.
+    BundleWriter(destination)
 
 
-def link(bundle: Path) -> None:
-    (bundle / "schedule.json").rename(bundle.parent / "schedule.json")
-    (bundle / "schedule.json").symlink_to(bundle.parent / "schedule.json")
-
-
-def leave(bundle: Path) -> None:
-    path = bundle / "manifest.json"
-    path.write_text(path.read_text().replace('"schedule.json"', '"../schedule.json"'))
+def test_help_and_wrong_options_do_not_wait_for_torch() -> None:
+    code = (
+        "import sys, contextlib\nfrom diffloss_export.cli import main\n"
+        "for arguments in (['--help'], ['onnx', '--help'], ['onnx', 'builtin'], ['bench']):\n"
+        "    with contextlib.suppress(SystemExit): main(arguments)\n"
+        "sys.exit(bool({'torch', 'diffusers', 'onnx', 'rich', 'numpy'} & sys.modules.keys()))"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 5
+    assert "onnx" in done.stdout
+    assert "--precision" in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("damage", "status", "message"),
+    ("arguments", "message"),
     [
-        (lambda bundle: (bundle / "noise_head.onnx").unlink(), 1, "noise_head.onnx"),
-        (lambda bundle: (bundle / "notes.txt").write_text("mine"), 1, "notes.txt"),
-        (alter, 1, "was altered"),
-        (newer, 2, "99"),
-        (link, 2, "symbolic link"),
-        (leave, 2, "../schedule.json"),
-        (lambda bundle: (bundle / "manifest.json").unlink(), 2, "is not a bundle"),
-        (lambda bundle: (bundle / "manifest.json").write_text("{"), 2, "manifest.json"),
+        ([], "the following arguments are required: COMMAND"),
+        (["paint"], "invalid choice: 'paint'"),
+        (["onnx", "builtin"], "required: -o/--output"),
+        (["onnx", "builtin", "-o", "x", "--precision", "int8"], "invalid choice: 'int8'"),
+        (["onnx", "builtin", "-o", "x", "--batch-size", "two"], "invalid int value: 'two'"),
+        (["onnx", "builtin", "-o", "x", "--resolution", "16x"], "'16x' is not a resolution such as 256 or 192x256"),
+        (["onnx", "builtin", "-o", "x", "--resolution", "-16"], "resolution"),
+        (["verify"], "required: BUNDLE"),
+        (["verify", "x", "--backend", "abacus"], "invalid choice: 'abacus'"),
+        (["inspect", "x", "--yaml"], "unrecognized arguments: --yaml"),
     ],
 )
-def test_damaged_bundles(
-    bundle: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], status: int, message: str
-) -> None:
-    damage(bundle)
-    for command in ("verify", "inspect", "bench"):
-        assert message in refused(capsys, status, command, bundle)
+def test_wrong_usage_is_one_line(run: Run, arguments: list[str], message: str) -> None:
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert message in refusal(err)
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [[], ["onnx"], ["onnx", "builtin"], ["verify"], ["onnx", "builtin", "-o", "x", "--precision", "int4"], ["unknown"],
-     ["onnx", "builtin", "-o", "x", "--resolution", "big"]],
-)  # fmt: skip
-def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
-    assert "error:" in capsys.readouterr().err
+    ("options", "message"),
+    [
+        (["--batch-size", 0], "batch size is 0; expected at least 1"),
+        (["--batch-size", -3], "batch size is -3; expected at least 1"),
+        (["--resolution", 17], "resolution is 17x17; this UNet takes heights and widths that are multiples of 2"),
+        (["--resolution", "16x9"], "resolution is 16x9; this UNet takes heights and widths that are multiples of 2"),
+        (["--resolution", 0], "resolution is 0x0"),
+        (["--revision", "main"], "revision"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(
+    run: Run, model_folder: Path, tmp_path: Path, options: list[object], message: str
+) -> None:
+    status, out, err = run("onnx", model_folder, "-o", tmp_path / "bundle", *options)
+    assert (status, out) == (2, "")
+    assert message in refusal(err)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_help_needs_no_heavy_library() -> None:
-    code = (
-        "import sys; from diffloss_export.cli import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "sys.exit(bool({'diffusers', 'onnx', 'onnxruntime'} & set(sys.modules)))"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+@pytest.mark.parametrize("model", ["no-such-model", "./no/such/folder", "/nonexistent", ""])
+def test_unknown_model(run: Run, tmp_path: Path, model: str) -> None:
+    status, out, err = run("onnx", model, "-o", tmp_path / "bundle")
+    assert (status, out) == (2, "")
+    assert model in refusal(err)
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-def test_bench(exported: tuple[Path, Report], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", str(exported[0]), "--json", "--device", "cpu"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert set(result) == {"device", "torch", "rows"}
-    assert len(result["rows"]) == 3
-    for row in result["rows"]:
-        assert set(row) == {"name", "median_ms", "speedup_vs_eager", "peak_memory_bytes"}
-        assert row["median_ms"] > 0
-    assert result["rows"][0]["speedup_vs_eager"] == 1.0
+def test_destination_is_refused_before_the_model_is_looked_for(run: Run, bundle: Bundle, tmp_path: Path) -> None:
+    status, out, err = run("onnx", "no-such-model", "-o", bundle.path)
+    assert (status, out) == (2, "")
+    assert err == f"diffloss-export: {bundle.path} exists already, and overwriting was not asked for\n"
+    status, _, err = run("onnx", "no-such-model", "-o", tmp_path / "missing" / "bundle")
+    assert (status, "does not exist" in refusal(err)) == (2, True)
+    (tmp_path / "notes.txt").write_text("mine")
+    status, _, err = run("onnx", "no-such-model", "-o", tmp_path, "--overwrite")
+    assert (status, "is not overwritten, because it is not a bundle" in refusal(err)) == (2, True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_overwrite_replaces_a_bundle(run: Run, model_folder: Path, copied: Callable[..., Path]) -> None:
+    folder = copied()
+    options = ("--overwrite", "--batch-size", 3, "--precision", "fp16", "--resolution", "8x16")
+    status, out, _ = run("onnx", model_folder, "-o", folder, *options)
+    assert status == 0
+    assert f"{folder}: 2 graphs, fp16, 8x16, batch 3; replayed on onnxruntime" in out
+    replaced = Bundle.open(folder)
+    assert (replaced.batch_size, replaced.precision, replaced.resolution) == (3, "fp16", (8, 16))
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_verify_prints_every_comparison(run: Run, bundle: Bundle, backend: str) -> None:
+    status, out, _ = run("verify", bundle.path, "--backend", backend, "--device", "cpu")
+    assert status == 0
+    assert f"{backend} against float64 eager PyTorch" in out
+    for word in ("encoder", "noise_head", "bottleneck", "naturalness", "semantic", "gradient"):
+        assert word in out
+    assert "FAILED" not in out
+
+
+def test_verify_fails_where_graph_and_unet_disagree(run: Run, copied: Callable[..., Path]) -> None:
+    folder = copied()
+    repoint(folder / "encoder.onnx", "mid_block.resnets.0.conv1.weight")
+    rehash(folder)
+    status, out, err = run("verify", folder, "--device", "cpu")
+    assert status == 1
+    assert "FAILED" in out
+    assert "the error against float64 is" in refusal(err)
+
+
+def test_inspect_prints_one_object(run: Run, bundle: Bundle) -> None:
+    status, out, err = run("inspect", bundle.path, "--json")
+    assert (status, err) == (0, "")
+    description = json.loads(out)
+    assert description["format_version"] == 1
+    assert description["unet"]["class"] == "UNet2DModel"
+    assert description["unet"]["parameters"] == bundle.unet["parameters"]
+    assert description["unet"]["sha256"] == file_sha256(bundle.path / UNET_WEIGHTS)
+    assert (description["resolution"], description["batch_size"], description["precision"]) == ([16, 16], 2, "fp32")
+    assert description["plans"] == {}
+    assert description["graphs"].keys() == {"encoder", "noise_head"}
+    for name, graph in description["graphs"].items():
+        assert graph["sha256"] == file_sha256(bundle.path / f"{name}.onnx")
+        assert graph["nodes"] > 50
+        assert {"name", "dtype", "shape"} == graph["inputs"][0].keys() == graph["outputs"][0].keys()
+    # The manifest itself does not change with the plans that a machine makes.
+    assert "plans" not in json.loads((bundle.path / MANIFEST).read_text())
+
+
+def test_inspect_in_words(run: Run, bundle: Bundle) -> None:
+    status, out, err = run("inspect", bundle.path)
+    assert (status, err) == (0, "")
+    assert "format 1, every hash right" in out
+    assert "16x16, batch 2, fp32" in out
+    assert "in  noisy float32 [2, 3, 16, 16]" in out
+    assert "out noise float32 [2, 3, 16, 16]" in out
+
+
+def forget_a_file(folder: Path) -> None:
+    (folder / "schedule.json").unlink()
+
+
+def alter_a_file(folder: Path) -> None:
+    path = folder / "noise_head.onnx"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+
+
+def truncate_a_file(folder: Path) -> None:
+    (folder / UNET_WEIGHTS).write_bytes(b"short")
+
+
+def add_a_file(folder: Path) -> None:
+    (folder / "unet" / "extra.bin").write_bytes(b"")
+
+
+@pytest.mark.parametrize("subcommand", ["inspect", "verify", "bench"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (forget_a_file, "'schedule.json' is missing"),
+        (alter_a_file, "noise_head.onnx was altered"),
+        (truncate_a_file, "has 5 bytes, expected"),
+        (add_a_file, "'unet/extra.bin' does not belong to the bundle"),
+    ],
+)
+def test_damaged_bundle_is_a_failed_check(
+    run: Run, copied: Callable[..., Path], subcommand: str, damage: Callable[[Path], None], message: str
+) -> None:
+    folder = copied()
+    damage(folder)
+    status, out, err = run(subcommand, folder)
+    assert (status, out) == (1, "")
+    assert message in refusal(err)
+
+
+def newer(manifest: dict[str, object]) -> None:
+    manifest["format_version"] = 2
+
+
+@pytest.mark.parametrize("subcommand", ["inspect", "verify", "bench"])
+def test_what_is_not_a_bundle_is_wrong_input(
+    run: Run, copied: Callable[..., Path], tmp_path: Path, subcommand: str
+) -> None:
+    folder = copied()
+    edit_json(folder / MANIFEST, newer)
+    for path, message in (
+        (tmp_path / "missing", "does not exist"),
+        (tmp_path, "is not a bundle: it has no manifest.json"),
+        (folder / MANIFEST, "is not a folder"),
+        (folder, "format version 2, and this diffloss-trt reads up to 1: upgrade"),
+    ):
+        status, out, err = run(subcommand, path)
+        assert (status, out) == (2, "")
+        assert message in refusal(err)
+
+
+@pytest.mark.parametrize("subcommand", ["verify", "bench"])
+def test_unknown_device(run: Run, bundle: Bundle, subcommand: str) -> None:
+    status, out, err = run(subcommand, bundle.path, "--device", "abacus")
+    assert (status, out) == (2, "")
+    assert "device is 'abacus'; expected 'cpu', 'cuda' or 'cuda:N'" in refusal(err)
+
+
+def test_notes_are_printed(run: Run, exported: Callable[..., Exported]) -> None:
+    status, out, _ = run("verify", exported(precision="bf16").bundle.path, "--device", "cpu")
+    assert status == 0
+    assert out.count("note: ") == 2
+    assert "ONNX Runtime has no bfloat16 kernels for the CPU" in out

@@ -73,7 +73,8 @@ def test_weight_of_zero_removes_the_work(
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    a, b = found.double().flatten(1), expected.flatten(1)
+    """Return the worst sample's ||a - b|| / ||b||."""
+    a, b = (tensor.double().reshape(len(tensor), -1) for tensor in (found, expected))
     return float(((a - b).norm(dim=1) / b.norm(dim=1)).max())
 
 
@@ -104,7 +105,7 @@ def test_bundle_is_the_reference(
     assert relative(value, expected) < PLAIN["fp32"].term
     assert relative(gradient, expected_gradient) < PLAIN["fp32"].gradient
     # Negative control: of 177,000 weights one is changed.
-    folder, unet, schedule = exported
+    _, unet, schedule = exported
     unet = copy.deepcopy(unet)
     unet.mid_block.resnets[0].conv1.weight[5, 5, 1, 1] += 0.2
     altered, _ = value_and_gradient(
@@ -159,6 +160,16 @@ def test_copies_share_sessions_and_pickles_open_their_own(exported: Exported, ba
         other_value, other_gradient = value_and_gradient(other, batch, torch.float32)
         assert torch.equal(other_value, value)
         assert torch.equal(other_gradient, gradient)
+
+
+def test_autocast_around_the_whole_step_changes_nothing(exported: Exported, batch: Batch) -> None:
+    """backward() too: autocast would otherwise reach into the matrix products of PyTorch's backward."""
+    loss, _ = losses(exported, "onnxruntime")
+    value, gradient = value_and_gradient(loss, batch, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        under, gradient_under = value_and_gradient(loss, batch, torch.float32)
+    assert torch.equal(under, value)
+    assert torch.equal(gradient_under, gradient)
 
 
 def test_settings_of_copies_are_apart(exported: Exported, batch: Batch) -> None:

@@ -1,0 +1,89 @@
+"""What `bench` measures: the parts of it always, the whole with torch.compile when there is time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffloss_engine.bundle import Bundle
+from diffloss_export import bench
+from diffloss_export.cli import main
+from exports import Exported
+
+CPU = torch.device("cpu")
+
+
+def test_every_way_computes_the_same_gradient(bundle: Bundle) -> None:
+    """Comparing the speed of different things would be worth nothing; torch.compile compiles at its first call."""
+    steps = bench._steps(bundle, "onnxruntime", CPU, lambda _: None)
+    compiled, ours = "torch.compile float32", "diffloss-trt onnxruntime, recompute, fp32"
+    assert list(steps) == [bench.EAGER, compiled, ours]
+    eager = steps[bench.EAGER]()
+    assert eager.shape == (2, 3, 16, 16)
+    assert eager.abs().max() > 0
+    assert float((steps[ours]() - eager).norm() / eager.norm()) < 2e-3
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_rows_say_what_they_are(exported: Callable[..., Exported], precision: str) -> None:
+    steps = bench._steps(exported(precision=precision).bundle, "auto", CPU, lambda _: None)
+    backend = "torch" if precision == "bf16" else "onnxruntime"
+    # On a CPU half precision is emulated, so what is compiled there is fp32.
+    assert list(steps) == [
+        "eager PyTorch fp32",
+        "torch.compile float32",
+        f"diffloss-trt {backend}, recompute, {precision}",
+    ]
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is told by Linux alone")
+def test_peak_memory_is_that_of_the_step() -> None:
+    size = 64 * 2**20
+
+    def step() -> torch.Tensor:
+        return torch.ones(size, dtype=torch.uint8)[:1].clone()
+
+    peak = bench._peak_memory(step, CPU)
+    assert peak is not None
+    assert 0.9 * size < peak < 1.5 * size
+
+
+def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, data: str) -> int:
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert bench._peak_memory(lambda: torch.zeros(1), CPU) is None
+
+
+@pytest.mark.slow
+def test_bench_prints_one_object(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(bundle.path), "--json", "--device", "cpu"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["device"].startswith("CPU, ")
+    assert result["torch"] == torch.__version__
+    assert [row["name"] for row in result["rows"]] == [
+        "eager PyTorch fp32",
+        "torch.compile float32",
+        "diffloss-trt onnxruntime, recompute, fp32",
+    ]
+    eager = result["rows"][0]["median_ms"]
+    for row in result["rows"]:
+        assert row.keys() == {"name", "median_ms", "speedup_vs_eager", "peak_memory_bytes"}
+        assert row["median_ms"] > 0
+        assert row["speedup_vs_eager"] == pytest.approx(eager / row["median_ms"])
+        assert row["peak_memory_bytes"] is None or row["peak_memory_bytes"] >= 0
+
+
+@pytest.mark.slow
+def test_bench_in_words(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(bundle.path), "--device", "cpu"]) == 0
+    heading, *rows = capsys.readouterr().out.splitlines()
+    assert "batch 2, value and gradient of one step" in heading
+    assert len(rows) == 3
+    assert "1.00x" in rows[0]
