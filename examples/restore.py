@@ -160,7 +160,7 @@ def main() -> int:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--bundle", type=Path, help="a bundle that diffloss-export wrote, of RGB and square images")
     source.add_argument("--model", default="builtin", help="what to export otherwise (default: builtin)")
-    parser.add_argument("--steps", type=positive_integer, default=100, help="of each training (default: 100)")
+    parser.add_argument("--steps", type=positive_integer, default=90, help="of each training (default: 90)")
     # Beside a pixel loss, the paper's 1e-3 and 1e-6 move a network over hundreds of thousands of steps. In hundreds,
     # only larger weights show; with these the gradients are of the same order once the pixel loss has fallen.
     parser.add_argument("--naturalness-weight", type=weight, default=0.1, help="default: 0.1, for short trainings")

@@ -117,8 +117,10 @@ def _check_finite(tapped: TappedUNet, precision: str) -> None:
 def _write_unet(tapped: TappedUNet, writer: BundleWriter) -> None:
     from safetensors.torch import save_file
 
-    # Where the model was loaded from is nobody's business, and would make equal bundles differ.
-    config: dict[str, Any] = {key: value for key, value in tapped.unet.config.items() if key != "_name_or_path"}
+    # Where the model was loaded from is nobody's business, and would make equal bundles differ. For what is listed as a
+    # default, diffusers ignores the value and takes its own default, which may be another one in a later version.
+    left_out = ("_name_or_path", "_use_default_values")
+    config: dict[str, Any] = {key: value for key, value in tapped.unet.config.items() if key not in left_out}
     files = {UNET_CONFIG: {"_class_name": type(tapped.unet).__name__, **config}, SCHEDULE: tapped.schedule.to_json()}
     for relative, content in files.items():
         path = writer.path / relative

@@ -1,4 +1,4 @@
-"""Real exports of small UNets: what is in the bundle, that equal inputs give equal bytes, and that it is all or nothing."""
+"""Real exports of small UNets: what is in the bundle, equal bytes from equal inputs, and all or nothing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from diffloss_export import tolerances
 from diffloss_export.pipeline import check_resolution, export_bundle
 from diffloss_trt.contract import ENCODER, NOISE_HEAD, PRECISIONS, SCHEDULE, UNET_CONFIG, UNET_WEIGHTS
 from diffloss_trt.schedule import NoiseSchedule
-from diffloss_trt.unet import TappedUNet
-from exports import Exported, make_model, make_schedule
+from diffloss_trt.unet import TappedUNet, reload_unet
+from exports import Exported, edit_json, make_model, make_schedule, rehash
 from unets import make_unet
 
 CONFIGURATIONS = [
@@ -106,6 +106,15 @@ def test_bundle_holds_the_unet_in_its_precision(exported: Callable[..., Exported
     assert bundle.read_json(UNET_CONFIG)["block_out_channels"] == [16, 32]
     schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
     assert torch.equal(schedule.alphas_cumprod, make_schedule().alphas_cumprod)
+
+
+def test_stored_configuration_counts_where_it_is_the_default(copied: Callable[..., Path]) -> None:
+    """A bundle must not change its meaning with the defaults of the diffusers version that reads it."""
+    folder = copied()
+    edit_json(folder / UNET_CONFIG, lambda config: config.update(norm_eps=0.25))
+    rehash(folder)
+    unet = reload_unet(Bundle.open(folder), torch.float32, torch.device("cpu"))
+    assert unet.conv_norm_out.eps == 0.25
 
 
 def test_bundle_holds_nothing_else(exported: Callable[..., Exported]) -> None:
@@ -228,7 +237,7 @@ def test_resolution_is_needed_where_the_unet_has_none() -> None:
 
 def test_resolution_multiple_is_that_of_the_levels() -> None:
     tapped = TappedUNet(make_unet("four_levels"), make_schedule())
-    with pytest.raises(InputError, match="resolution is 32x36; this UNet takes .* multiples of 8"):
+    with pytest.raises(InputError, match=r"resolution is 32x36; this UNet takes .* multiples of 8"):
         check_resolution(tapped, (32, 36))
 
 

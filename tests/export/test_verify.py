@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_graph_of_another_prediction_type_is_named(copied: Callable[..., Path]) 
     folder = copied("variance", "fp16", "v_prediction")
     edit_json(folder / SCHEDULE, lambda schedule: schedule.update(prediction_type="epsilon"))
     rehash(folder)
-    with pytest.raises(BundleError, match="the noise_head graph takes .*'noisy', 'timesteps'.*UNet and schedule"):
+    with pytest.raises(BundleError, match=r"the noise_head graph takes .*'noisy', 'timesteps'.*UNet and schedule"):
         verify_bundle(Bundle.open(folder))
 
 
@@ -191,5 +192,5 @@ def test_probe_is_an_image_and_its_restoration_at_the_tables_distance(
 
 def test_lower_precision_is_allowed_more() -> None:
     rows = [dataclasses.astuple(PLAIN[name])[:3] for name in ("fp32", "fp16", "bf16")]
-    assert all(a < b for fine, coarse in zip(rows, rows[1:], strict=False) for a, b in zip(fine, coarse, strict=True))
+    assert all(a < b for fine, coarse in itertools.pairwise(rows) for a, b in zip(fine, coarse, strict=True))
     assert PLAIN["fp32"].cosine > PLAIN["fp16"].cosine > PLAIN["bf16"].cosine
