@@ -157,7 +157,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     bundle = Bundle.open(args.bundle)
     bundle.verify_hashes()
-    description = {**bundle.description(), "plans": {}}
+    description = bundle.description()
     if args.json:
         print(json.dumps(description, indent=2, sort_keys=True))
         return 0
