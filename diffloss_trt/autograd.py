@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.errors import BackendError
-from diffloss_trt.objective import combine, mean_square
+from diffloss_trt.objective import per_sample, terms_and_cotangents, wide
 from diffloss_trt.unet import Features, TappedUNet
 
 
@@ -20,28 +20,18 @@ class Cotangents:
     """
 
     def __init__(self, restored: Features, target: Features, naturalness_weight: float, semantic_weight: float) -> None:
-        with torch.enable_grad():
-            leaves = [_wide_leaf(restored.bottleneck)]
-            semantic = mean_square(leaves[0] - target.bottleneck)
-            naturalness = torch.zeros_like(semantic)
-            if restored.noise is not None and target.noise is not None:
-                leaves.append(_wide_leaf(restored.noise))
-                naturalness = mean_square(leaves[1] - target.noise)
-            total = combine(naturalness, semantic, naturalness_weight, semantic_weight)
-            gradients = torch.autograd.grad(total.sum(), leaves)
+        bottleneck = wide(restored.bottleneck) - target.bottleneck
+        noise = None
+        if restored.noise is not None and target.noise is not None:
+            noise = wide(restored.noise) - target.noise
+        _, gradients = terms_and_cotangents(
+            bottleneck, noise, naturalness_weight=naturalness_weight, semantic_weight=semantic_weight
+        )
         largest = torch.stack([gradient.flatten(1).abs().amax(1) for gradient in gradients]).amax(0)
         self.exponent = torch.frexp(largest).exponent
-        scaled = [torch.ldexp(gradient, -_per_sample(self.exponent, gradient)) for gradient in gradients]
+        scaled = [torch.ldexp(gradient, -per_sample(self.exponent, gradient)) for gradient in gradients]
         self.bottleneck = scaled[0]
         self.noise = scaled[1] if len(scaled) == 2 else None
-
-
-def _wide_leaf(feature: Tensor) -> Tensor:
-    return feature.detach().to(torch.promote_types(feature.dtype, torch.float32)).requires_grad_()
-
-
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def input_gradient(unet: TappedUNet, noisy: Tensor, timesteps: Tensor, cotangents: Cotangents) -> Tensor:
@@ -56,7 +46,7 @@ def input_gradient(unet: TappedUNet, noisy: Tensor, timesteps: Tensor, cotangent
             gradients.append(cotangents.noise)
         typed = [gradient.to(output.dtype) for output, gradient in zip(outputs, gradients, strict=True)]
         (gradient,) = torch.autograd.grad(outputs, leaf, typed)
-    return torch.ldexp(gradient, _per_sample(cotangents.exponent, gradient))
+    return torch.ldexp(gradient, per_sample(cotangents.exponent, gradient))
 
 
 class Recompute(torch.autograd.Function):
@@ -82,16 +72,31 @@ class Recompute(torch.autograd.Function):
         return scaled, None, None, None, None
 
 
+class Fused(torch.autograd.Function):
+    """Gives `total` [B], computed without a tape, the gradient with respect to `restored` that was computed with it."""
+
+    @staticmethod
+    def forward(ctx: Any, restored: Tensor, total: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(restored, gradient)
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        restored, gradient = ctx.saved_tensors
+        scaled: Tensor = _Final.apply(gradient, restored, upstream)  # type: ignore[no-untyped-call]
+        return scaled.to(restored.dtype), None, None
+
+
 class _Final(torch.autograd.Function):
     """Multiplies `gradient` by `upstream`, and refuses to be differentiated.
 
-    The gradient depends on `noisy`, which is on no tape. PyTorch's `once_differentiable` looks at `upstream` alone,
+    The gradient depends on `image`, by way of no tape. PyTorch's `once_differentiable` looks at `upstream` alone,
     and would let a gradient penalty go by as a constant.
     """
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, noisy: Tensor, upstream: Tensor) -> Tensor:
-        return gradient * _per_sample(upstream, gradient)
+    def forward(ctx: Any, gradient: Tensor, image: Tensor, upstream: Tensor) -> Tensor:
+        return gradient * per_sample(upstream, gradient)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:

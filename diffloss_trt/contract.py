@@ -6,10 +6,16 @@ A bundle's graphs and their tensors, batch first, `h`, `w` the bottleneck's size
 |---|---|---|
 | encoder | noisy [B, C, H, W], timesteps [B] | bottleneck [B, c, h, w], time_embedding [B, k], skip_0, skip_1, ... |
 | noise_head | the encoder's outputs; noisy and timesteps too, unless the UNet predicts noise | noise [B, C, H, W] |
+| gradient | restored, target, noise, timesteps, naturalness_weight, semantic_weight | naturalness, semantic, gradient |
+| semantic_gradient | the same without naturalness_weight | semantic, gradient |
 
-`noisy`, `timesteps` and `noise` are float32; the tensors between the two graphs have the bundle's precision.
-Both graphs are in plain form: subtracting their outputs for two similar images loses digits, which
-half precision does not have to spare (DiffLoss's gradient error at 40 dB: fp16 0.3, bf16 2).
+`restored`, `target` and `gradient` are images too, [B, C, H, W]; weights and terms are [B]. All of these are float32, as
+`noisy`, `timesteps` and `noise` are; the tensors between encoder and noise head have the bundle's precision. Restored
+and target are in [-1, 1]; `gradient` is that of each sample's weighted sum of the terms with respect to restored.
+
+The two gradient graphs are in difference form (`difference.py`). The other two are in plain form: subtracting their
+outputs for two similar images loses digits, which half precision does not have to spare (DiffLoss's gradient error at
+40 dB: fp16 0.3, bf16 2).
 """
 
 from __future__ import annotations
@@ -20,9 +26,17 @@ import torch
 
 ENCODER: Final = "encoder"
 NOISE_HEAD: Final = "noise_head"
+GRADIENT: Final = "gradient"
+SEMANTIC_GRADIENT: Final = "semantic_gradient"
 
 NOISY: Final = "noisy"
 TIMESTEPS: Final = "timesteps"
+RESTORED: Final = "restored"
+TARGET: Final = "target"
+NATURALNESS: Final = "naturalness"
+NATURALNESS_WEIGHT: Final = "naturalness_weight"
+SEMANTIC: Final = "semantic"
+SEMANTIC_WEIGHT: Final = "semantic_weight"
 BOTTLENECK: Final = "bottleneck"
 TIME_EMBEDDING: Final = "time_embedding"
 NOISE: Final = "noise"

@@ -1,4 +1,4 @@
-"""How the terms of the loss are computed: eager PyTorch, or engines forward and PyTorch backward."""
+"""How the terms of the loss are computed: eager PyTorch, engines alone, or engines forward and PyTorch backward."""
 
 from __future__ import annotations
 
@@ -12,8 +12,28 @@ from torch import Tensor
 from diffloss_engine.batching import run_batched
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.session import Session, open_session
-from diffloss_trt.autograd import Cotangents, Recompute
-from diffloss_trt.contract import BOTTLENECK, ENCODER, NOISE, NOISE_HEAD, NOISY, PRECISIONS, SCHEDULE, TIMESTEPS
+from diffloss_engine.torch_session import TorchSession
+from diffloss_trt.autograd import Cotangents, Fused, Recompute
+from diffloss_trt.contract import (
+    BOTTLENECK,
+    ENCODER,
+    GRADIENT,
+    NATURALNESS,
+    NATURALNESS_WEIGHT,
+    NOISE,
+    NOISE_HEAD,
+    NOISY,
+    PRECISIONS,
+    RESTORED,
+    SCHEDULE,
+    SEMANTIC,
+    SEMANTIC_GRADIENT,
+    SEMANTIC_WEIGHT,
+    TARGET,
+    TIMESTEPS,
+    UNET_CONFIG,
+)
+from diffloss_trt.gradient import trace_gradient
 from diffloss_trt.objective import Terms, combine, mean_square
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.unet import Features, TappedUNet, reload_unet
@@ -23,6 +43,7 @@ class Evaluator(Protocol):
     """Computes DiffLoss on images in [-1, 1]; holds everything frozen, so that copies may share it."""
 
     backend: str
+    backward: str
     device: torch.device
     schedule: NoiseSchedule
     channels: int
@@ -86,6 +107,7 @@ class EagerEvaluator:
     """The reference: PyTorch forward and backward, in the precision of the UNet."""
 
     backend = "torch"
+    backward = "recompute"
     resolution = None
 
     def __init__(self, unet: TappedUNet, device: torch.device) -> None:
@@ -118,47 +140,95 @@ class EagerEvaluator:
         return _measure(of_restored, of_target, weights)
 
 
-class RecomputeEvaluator:
-    """A bundle's encoder and noise head on an engine; gradients by re-running the bundle's UNet in PyTorch."""
+class _BundleEvaluator:
+    """What the evaluators on a bundle have in common: copies share it, and a pickle holds the bundle's place alone."""
 
     def __init__(self, bundle: Bundle, backend: str, device: torch.device) -> None:
         self.bundle = bundle
         self.backend = backend
         self.device = device
-        self._open()
-
-    def _open(self) -> None:
-        bundle = self.bundle
         self.schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
         self.resolution = bundle.resolution
-        self.sessions: dict[str, Session] = {
-            name: open_session(
-                bundle.graph_file(name),
-                bundle.graphs[name].inputs,
-                bundle.graphs[name].outputs,
-                backend=self.backend,
-                device=self.device,
-            )
-            for name in (ENCODER, NOISE_HEAD)
-        }
-        # A CPU has no fast half-precision convolution; there the stored weights are widened.
-        dtype = PRECISIONS[bundle.precision] if self.device.type == "cuda" else torch.float32
-        self.unet = TappedUNet(reload_unet(bundle, dtype, self.device), self.schedule)
-        self.channels = self.unet.channels
-        self.resolution_multiple = self.unet.resolution_multiple
+        self.channels = int(bundle.read_json(UNET_CONFIG)["in_channels"])
+        self.resolution_multiple = 1  # there is but one resolution
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"bundle": self.bundle, "backend": self.backend, "device": self.device}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.bundle, self.backend, self.device)
 
     def to(self, device: torch.device) -> Self:
         return type(self)(self.bundle, self.backend, device)
+
+    def _tapped(self) -> TappedUNet:
+        # A CPU has no fast half-precision convolution; there the stored weights are widened.
+        dtype = PRECISIONS[self.bundle.precision] if self.device.type == "cuda" else torch.float32
+        return TappedUNet(reload_unet(self.bundle, dtype, self.device), self.schedule)
+
+    def _open(self, name: str) -> Session:
+        file = self.bundle.graph_file(name)
+        graph = self.bundle.graphs[name]
+        return open_session(file, graph.inputs, graph.outputs, backend=self.backend, device=self.device)
+
+
+class FusedEvaluator(_BundleEvaluator):
+    """A bundle's gradient graphs: value and gradient come from the engine together, and no UNet runs in PyTorch."""
+
+    backward = "fused"
+
+    def __init__(self, bundle: Bundle, backend: str, device: torch.device) -> None:
+        super().__init__(bundle, backend, device)
+        self._sessions: dict[str, Session] = {}
+
+    def session(self, name: str) -> Session:
+        """Return the session of a gradient graph; it is opened the first time that it is asked for.
+
+        Raises as `open_session` does.
+        """
+        if name not in self._sessions:
+            self._sessions[name] = self._trace(name) if self.backend == "torch" else self._open(name)
+        return self._sessions[name]
+
+    def _trace(self, name: str) -> Session:
+        tapped = self._tapped()
+        program = trace_gradient(tapped, self.bundle.batch_size, self.bundle.resolution, with_noise=name == GRADIENT)
+        graph = self.bundle.graphs[name]
+        return TorchSession(program.bind(tapped.unet.state_dict()), graph.inputs, graph.outputs, self.device)
+
+    def terms(
+        self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
+    ) -> Terms:
+        session = self.session(gradient_graph(weights))
+        tensors = {RESTORED: restored, TARGET: target, NOISE: noise, TIMESTEPS: timesteps}
+        tensors |= {
+            name: torch.full_like(timesteps, weight, dtype=torch.float32)
+            for name, weight in zip((NATURALNESS_WEIGHT, SEMANTIC_WEIGHT), weights, strict=True)
+        }
+        results = run_batched(session, {spec.name: tensors[spec.name].detach().float() for spec in session.inputs})
+        zero = torch.zeros_like(results[SEMANTIC])
+        naturalness = results.get(NATURALNESS, zero)
+        semantic = results[SEMANTIC] if weights[1] else zero
+        total = combine(naturalness, semantic, *weights)
+        if torch.is_grad_enabled() and restored.requires_grad:
+            total = Fused.apply(restored, total, results[GRADIENT])  # type: ignore[no-untyped-call]
+        return Terms(total, naturalness, semantic)
+
+
+def gradient_graph(weights: tuple[float, float]) -> str:
+    """Return the name of the graph that computes the terms of these weights, naturalness and semantic."""
+    return GRADIENT if weights[0] else SEMANTIC_GRADIENT
+
+
+class RecomputeEvaluator(_BundleEvaluator):
+    """A bundle's encoder and noise head on an engine; gradients by re-running the bundle's UNet in PyTorch."""
+
+    backward = "recompute"
+
+    def __init__(self, bundle: Bundle, backend: str, device: torch.device) -> None:
+        super().__init__(bundle, backend, device)
+        self.sessions = {name: self._open(name) for name in (ENCODER, NOISE_HEAD)}
+        self.unet = self._tapped()
 
     def _features(self, noisy: Tensor, timesteps: Tensor, with_noise: bool) -> Features:
         # One batch at a time through both graphs: the skips between them are the largest tensors there are.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BackendUnavailableError, InputError
 from diffloss_engine.tensors import concrete_device
-from diffloss_trt.contract import SCHEDULE
-from diffloss_trt.evaluators import EagerEvaluator, Evaluator, RecomputeEvaluator
+from diffloss_trt.contract import GRADIENT, SCHEDULE, SEMANTIC_GRADIENT
+from diffloss_trt.evaluators import EagerEvaluator, Evaluator, FusedEvaluator, RecomputeEvaluator, gradient_graph
 from diffloss_trt.inputs import check_images, check_noise, check_settings, check_timesteps
 from diffloss_trt.objective import Terms
 from diffloss_trt.schedule import NoiseSchedule
@@ -23,7 +23,7 @@ from diffloss_trt.unet import TappedUNet, reload_unet
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "onnxruntime", "torch")
-BACKWARDS = ("recompute",)
+BACKWARDS = ("fused", "recompute")
 
 
 class DiffLoss(nn.Module):
@@ -91,7 +91,7 @@ class DiffLoss(nn.Module):
         device: str | torch.device | None = None,
         naturalness_weight: float = 1e-3,
         semantic_weight: float = 1e-6,
-        backward: str = "recompute",
+        backward: str | None = None,
         reduction: str = "mean",
         value_range: Sequence[float] = (0.0, 1.0),
     ) -> Self:
@@ -103,7 +103,9 @@ class DiffLoss(nn.Module):
             device: where images will be; by default the GPU if there is one.
             naturalness_weight: weight of the predicted noise's difference, >= 0; zero leaves its work out.
             semantic_weight: weight of the bottleneck's difference, >= 0.
-            backward: "recompute": the engine runs forward, PyTorch re-runs the UNet for the gradient.
+            backward: "fused": value and gradient come from the engine, in difference form, which stays right however
+                near restored and target are; "recompute": the engine runs forward, and PyTorch re-runs the UNet for the
+                gradient. By default fused, unless the bundle has no gradient graph.
             reduction: "mean" over the batch, or "none" for a loss of each sample.
             value_range: the range of the images passed in, (low, high).
 
@@ -116,10 +118,12 @@ class DiffLoss(nn.Module):
         check_settings(naturalness_weight, semantic_weight, reduction, value_range)
         if backend not in BACKENDS:
             raise InputError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
-        if backward not in BACKWARDS:
+        if backward is not None and backward not in BACKWARDS:
             raise InputError(f"backward is {backward!r}; expected one of {', '.join(BACKWARDS)}")
         place = choose_device(device)
-        evaluator = _open(Bundle.open(bundle), backend, place)
+        opened = Bundle.open(bundle)
+        fused = _has_gradient(opened, backward) and backward != "recompute"
+        evaluator = _open(opened, backend, place, fused, (naturalness_weight, semantic_weight))
         return cls(
             evaluator,
             naturalness_weight=naturalness_weight,
@@ -202,8 +206,10 @@ class DiffLoss(nn.Module):
 
         # Half-precision images are widened: their mixture with noise would lose the digits that the loss lives on.
         dtype = torch.promote_types(restored.dtype, torch.float32)
+        # In this form nothing is rounded if the range is [-1, 1] already: near images differ by little more than that.
         low, high = self.value_range
-        centred, centred_target = ((image.to(dtype) - low) * (2 / (high - low)) - 1 for image in (restored, target))
+        scale, shift = 2 / (high - low), (high + low) / (high - low)
+        centred, centred_target = (image.to(dtype) * scale - shift for image in (restored, target))
         weights = (self.naturalness_weight, self.semantic_weight)
         if weights == (0.0, 0.0):
             zero = centred.flatten(1)[:, :0].sum(1)  # zero, and still attached to `restored`
@@ -221,7 +227,7 @@ class DiffLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"naturalness_weight={self.naturalness_weight:g}, semantic_weight={self.semantic_weight:g}, "
-            f"backend={self.evaluator.backend}, device={self.device}, "
+            f"backend={self.evaluator.backend}, backward={self.evaluator.backward}, device={self.device}, "
             f"reduction={self.reduction}, value_range={self.value_range}"
         )
 
@@ -247,16 +253,33 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return concrete_device(place)
 
 
-def _open(bundle: Bundle, backend: str, device: torch.device) -> Evaluator:
+def _has_gradient(bundle: Bundle, backward: str | None) -> bool:
+    """Whether the bundle has gradient graphs; an error if not, and `backward` asks for them."""
+    if {GRADIENT, SEMANTIC_GRADIENT} <= bundle.graphs.keys():
+        return True
+    how = f"{bundle.path} has no gradient graph: 'diffloss-export onnx' writes one, unless it is given --no-gradient"
+    if backward == "fused":
+        raise BackendUnavailableError(f"{how}; or load the bundle with backward='recompute'")
+    if backward is None:
+        logger.warning("backward recompute, because %s", how)
+    return False
+
+
+def _open(bundle: Bundle, backend: str, device: torch.device, fused: bool, weights: tuple[float, float]) -> Evaluator:
+    if backend == "auto":
+        try:
+            evaluator = _open(bundle, "onnxruntime", device, fused, weights)
+        except BackendUnavailableError as error:
+            logger.warning("backend auto: torch on %s, because onnxruntime cannot run: %s", device, error)
+            return _open(bundle, "torch", device, fused, weights)
+        logger.info("backend auto: onnxruntime on %s", device)
+        return evaluator
+    if fused:
+        evaluator = FusedEvaluator(bundle, backend, device)
+        if any(weights):
+            evaluator.session(gradient_graph(weights))  # what cannot run is to be known before training starts
+        return evaluator
     if backend == "torch":
         schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
         return EagerEvaluator(TappedUNet(reload_unet(bundle, torch.float32, device), schedule), device)
-    if backend == "onnxruntime":
-        return RecomputeEvaluator(bundle, backend, device)
-    try:
-        evaluator = RecomputeEvaluator(bundle, "onnxruntime", device)
-    except BackendUnavailableError as error:
-        logger.warning("backend auto: torch on %s, because onnxruntime cannot run: %s", device, error)
-        return _open(bundle, "torch", device)
-    logger.info("backend auto: onnxruntime on %s", device)
-    return evaluator
+    return RecomputeEvaluator(bundle, backend, device)

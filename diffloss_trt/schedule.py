@@ -76,13 +76,17 @@ class NoiseSchedule:
 
         The roots are taken in float64, so that 1 - abar keeps its digits at small timesteps.
         """
-        key = (timesteps.device, dtype)
+        index = timesteps.long()
+        signal, noise = self.tables(timesteps.device, dtype)
+        return signal[index].view(-1, 1, 1, 1), noise[index].view(-1, 1, 1, 1)
+
+    def tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return sqrt(abar) and sqrt(1 - abar) of every timestep, each [T]."""
+        key = (device, dtype)
         if key not in self._tables:
             signal, noise = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
-            self._tables[key] = signal.to(key[0], dtype), noise.to(key[0], dtype)
-        index = timesteps.long()
-        signal, noise = self._tables[key]
-        return signal[index].view(-1, 1, 1, 1), noise[index].view(-1, 1, 1, 1)
+            self._tables[key] = signal.to(device, dtype), noise.to(device, dtype)
+        return self._tables[key]
 
     def add_noise(self, image: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return sqrt(abar) image + sqrt(1 - abar) noise; image in [-1, 1], noise standard normal, [B, C, H, W]."""

@@ -39,7 +39,8 @@ class TorchSession:
             raise BackendError("the session was closed")
         check_tensors(self.inputs, inputs, self.device)
         try:
-            with torch.no_grad():
+            # A caller's autocast would reach into the program, whose dtypes are its own business.
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 results = program(*(inputs[spec.name].detach() for spec in self.inputs))
         except torch.OutOfMemoryError:
             # Trainers catch this one to try again with a smaller batch.

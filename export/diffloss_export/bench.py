@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.bundle import Bundle
+from diffloss_export.tolerances import PLAIN_DB
 from diffloss_export.verify import Probe
 from diffloss_trt import DiffLoss
 from diffloss_trt.contract import PRECISIONS, SCHEDULE
@@ -46,6 +47,8 @@ def bench_bundle(
 
     A step is the loss's value and its gradient with respect to the restored images, both terms, paper weights.
     """
+    on_stage("checking hashes")
+    bundle.verify_hashes()
     steps = _steps(bundle, backend, device, on_stage)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():
@@ -78,7 +81,7 @@ def _steps(
 
     timesteps = torch.linspace(0, len(schedule) - 1, bundle.batch_size).round().long()
     eager = tapped(torch.float32)
-    probe = Probe.make(eager.channels, bundle.resolution, timesteps)
+    probe = Probe.make(eager.channels, bundle.resolution, timesteps, [PLAIN_DB] * bundle.batch_size)
     target, restored, noise = (
         tensor.to(device, torch.float32) for tensor in (probe.target, probe.restored, probe.noise)
     )
@@ -102,7 +105,7 @@ def _steps(
     return {
         EAGER: step(eager_loss(eager)),
         f"torch.compile {str(dtype).removeprefix('torch.')}": step(eager_loss(compiled)),
-        f"diffloss-trt {ours.evaluator.backend}, recompute, {bundle.precision}": step(ours),
+        f"diffloss-trt {ours.evaluator.backend}, {ours.evaluator.backward}, {bundle.precision}": step(ours),
     }
 
 

@@ -66,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
         default="fp32",
         help="of weights and activations (default: fp32)",
     )
+    onnx.add_argument(
+        "--no-gradient",
+        dest="gradient",
+        action="store_false",
+        help="leave out the gradient graphs: PyTorch's backward then makes the gradient",
+    )
     onnx.add_argument("--revision", help="branch, tag or commit of a Hub id")
     onnx.add_argument("--overwrite", action="store_true", help="replace an older bundle")
     onnx.set_defaults(run=_onnx)
@@ -110,6 +116,7 @@ def _onnx(args: argparse.Namespace) -> int:
             resolution=args.resolution,
             batch_size=args.batch_size,
             precision=args.precision,
+            gradient=args.gradient,
             overwrite=args.overwrite,
             on_stage=on_stage,
         )

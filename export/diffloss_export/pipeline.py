@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from os import PathLike
@@ -12,9 +13,10 @@ import torch
 from diffloss_engine.bundle import Bundle, BundleWriter, file_sha256
 from diffloss_engine.errors import InputError
 from diffloss_export.onnx_write import WeightFile, write_graph
-from diffloss_export.programs import feature_programs
+from diffloss_export.programs import feature_programs, trace
 from diffloss_export.verify import Report, verify_bundle
-from diffloss_trt.contract import PRECISIONS, SCHEDULE, UNET_CONFIG, UNET_WEIGHTS
+from diffloss_trt.contract import GRADIENT, PRECISIONS, SCHEDULE, SEMANTIC_GRADIENT, UNET_CONFIG, UNET_WEIGHTS
+from diffloss_trt.gradient import trace_gradient
 from diffloss_trt.unet import TappedUNet
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ def export_bundle(
     resolution: tuple[int, int] | None = None,
     batch_size: int = 8,
     precision: str = "fp32",
+    gradient: bool = True,
     overwrite: bool = False,
     on_stage: Stage = lambda _: None,
 ) -> tuple[Bundle, Report]:
@@ -43,6 +46,7 @@ def export_bundle(
         resolution: height and width of the images; by default the UNet's own sample size.
         batch_size: how many images the graphs take at once.
         precision: "fp32", "fp16" or "bf16", of weights and activations.
+        gradient: whether to write the gradient graphs, without which `backward="fused"` is not possible.
         on_stage: called with the name of each step as it begins.
 
     Raises:
@@ -63,12 +67,19 @@ def export_bundle(
         _check_finite(tapped, precision)
         _write_unet(tapped, writer)
         noisy = torch.zeros(batch_size, tapped.channels, *resolution)
-        programs = feature_programs(tapped, noisy, torch.zeros(batch_size))
+        programs = {
+            program.name: functools.partial(trace, program)
+            for program in feature_programs(tapped, noisy, torch.zeros(batch_size))
+        }
+        for name in (GRADIENT, SEMANTIC_GRADIENT) if gradient else ():
+            programs[name] = functools.partial(
+                trace_gradient, tapped, batch_size, resolution, with_noise=name == GRADIENT
+            )
         weights = WeightFile.read(writer.path, UNET_WEIGHTS)
         graphs = []
-        for program in programs:
-            on_stage(f"exporting the {program.name} graph")
-            graphs.append(write_graph(program, weights))
+        for name, make in programs.items():
+            on_stage(f"exporting the {name} graph")
+            graphs.append(write_graph(make(), weights))
         reports: list[Report] = []
 
         def check(bundle: Bundle) -> None:

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffloss_trt.capture import Captured
 from diffloss_trt.contract import BOTTLENECK, ENCODER, NOISE, NOISE_HEAD, NOISY, TIME_EMBEDDING, TIMESTEPS, skip_name
+from diffloss_trt.traced import Tensors, TracedProgram
 from diffloss_trt.unet import Encoded, TappedUNet
 
 
@@ -32,6 +35,26 @@ class _Forward(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return self._function(*tensors)
+
+
+def trace(program: Program) -> TracedProgram:
+    """Trace a program of the UNet's. Raises `ModelError` if its operations depend on the values of tensors."""
+    captured = Captured(program.name, program.module, tuple(program.inputs.values()))
+    state = {key.removeprefix("tapped.unet."): weight for key, weight in program.module.named_parameters()}
+
+    def run(inputs: Tensors, weights: Tensors, constants: Tensors) -> tuple[Tensor, ...]:
+        return captured.run(tuple(inputs.values()), weights, constants)
+
+    # The other forms of attention are single operations of one runtime.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        return TracedProgram.trace(
+            program.name,
+            run,
+            program.inputs,
+            {key: state[key] for key in captured.weights},
+            captured.constants,
+            program.outputs,
+        )
 
 
 def encoder_outputs(encoded: Encoded) -> dict[str, Tensor]:
@@ -59,6 +82,8 @@ def feature_programs(tapped: TappedUNet, noisy: Tensor, timesteps: Tensor) -> tu
         prediction = tapped.decode(Encoded(bottleneck, time_embedding, tuple(skips)))
         return (prediction if predicts_noise else tapped.schedule.noise_from(prediction, *tensors[count:]),)
 
+    # Fills the schedule's cache of tables with tensors; what an exporter would fill it with is its own.
+    tapped.schedule.tables(noisy.device, torch.promote_types(tapped.dtype, torch.float32))
     images = {NOISY: noisy, TIMESTEPS: timesteps}
     return (
         Program(ENCODER, _Forward(tapped, encoder), images, tuple(between)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +17,33 @@ from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BundleError, ParityError
 from diffloss_engine.session import Session, open_session
 from diffloss_engine.tensors import TensorSpec
+from diffloss_engine.torch_session import TorchSession
 from diffloss_export.programs import Program, feature_programs
-from diffloss_export.tolerances import PLAIN, RESTORED_DB, Tolerance
+from diffloss_export.tolerances import DIFFERENCE, FEATURE, PLAIN, PLAIN_DB, WHOLE_SCHEDULE, Tolerance
 from diffloss_export.widened import widened_specs, write_widened
 from diffloss_trt import DiffLoss
-from diffloss_trt.contract import SCHEDULE
+from diffloss_trt.contract import (
+    GRADIENT,
+    NATURALNESS,
+    NATURALNESS_WEIGHT,
+    NOISE,
+    PRECISIONS,
+    RESTORED,
+    SCHEDULE,
+    SEMANTIC,
+    SEMANTIC_GRADIENT,
+    SEMANTIC_WEIGHT,
+    TARGET,
+    TIMESTEPS,
+)
+from diffloss_trt.gradient import trace_gradient
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.unet import TappedUNet, reload_unet
 
-_WHOLE_SCHEDULE = (0.0, 0.01, 0.1, 0.5, 1.0)
+# Where the loss is compared: timesteps as fractions of the last one, and the restored image's PSNR in dB.
+_PLACES = ((0.0, 35.0), (0.01, 20.0), (0.1, 50.0), (0.5, 20.0), (1.0, 35.0))
+# Balanced, so that an error in either term shows in the gradient.
+_WEIGHTS = (1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -73,7 +91,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Probe:
-    """Images to compare on, in [-1, 1], [N, C, H, W], float64: `restored` is `target` and white noise at 20 dB."""
+    """Images to compare on, in [-1, 1], [N, C, H, W]: float64 tensors of float32 numbers."""
 
     target: Tensor
     restored: Tensor
@@ -81,8 +99,13 @@ class Probe:
     timesteps: Tensor
 
     @classmethod
-    def make(cls, channels: int, resolution: tuple[int, int], timesteps: Tensor, seed: int = 0) -> Probe:
-        """Draw one image for each of `timesteps` [N], with the falling spectrum of photographs."""
+    def make(
+        cls, channels: int, resolution: tuple[int, int], timesteps: Tensor, decibels: Sequence[float], seed: int = 0
+    ) -> Probe:
+        """Draw one target for each of `timesteps` [N], with the falling spectrum of photographs.
+
+        `restored` is that and white noise, of a PSNR of so many `decibels` [N].
+        """
         generator = torch.Generator().manual_seed(seed)
         shape = (len(timesteps), channels, *resolution)
 
@@ -95,8 +118,18 @@ class Probe:
         spectrum = torch.fft.fft2(normal()) / frequency.clamp(min=1 / max(resolution))
         image = torch.fft.ifft2(spectrum).real
         target = (image / (3 * image.std(dim=(1, 2, 3), keepdim=True))).clamp(-1, 1)
-        restored = target + 2 * 10 ** (-RESTORED_DB / 20) * normal()
-        return cls(target, restored, normal(), timesteps)
+        error = 2 * 10 ** (-torch.tensor(decibels, dtype=torch.float64) / 20)
+        restored = target + error.view(-1, 1, 1, 1) * normal()
+        return cls(*(image.float().double() for image in (target, restored, normal())), timesteps)
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What the loss is in float64, for each sample of a probe."""
+
+    naturalness: Tensor
+    semantic: Tensor
+    gradient: Tensor
 
 
 def verify_bundle(
@@ -106,59 +139,100 @@ def verify_bundle(
     device: torch.device | str = "cpu",
     on_stage: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Compare each graph's outputs, then the loss and its gradient through `DiffLoss`, with float64 eager PyTorch.
+    """Compare each graph's outputs, the loss and its gradient among them, with float64 eager PyTorch.
 
-    The reference is the bundle's own UNet, its stored weights widened. Images are synthetic, from a fixed seed. Raises
-    as `DiffLoss.load` does; a difference beyond its tolerance is in the report, and `raise_for_failure` raises it.
+    The reference is the bundle's own UNet, its stored weights widened. Images are synthetic, from a fixed seed. The
+    loss is also computed with `backward="recompute"`. Raises as `DiffLoss.load` does; a difference beyond its tolerance
+    is in the report, and `raise_for_failure` raises it.
     """
     device = torch.device(device)
     on_stage("checking hashes")
     bundle.verify_hashes()
     schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
     reference = TappedUNet(reload_unet(bundle, torch.float64, torch.device("cpu")), schedule)
-    loss = DiffLoss.load(bundle.path, backend=backend, device=device, value_range=(-1.0, 1.0), reduction="none")
+    loss = DiffLoss.load(
+        bundle.path, backend=backend, device=device, backward="recompute", value_range=(-1.0, 1.0), reduction="none"
+    )
     report = Report(backend=loss.evaluator.backend)
-    # The torch backend computes in float32, whatever the precision of the stored weights.
-    tolerance = PLAIN["fp32" if report.backend == "torch" else bundle.precision]
-    whole = Probe.make(reference.channels, bundle.resolution, _timesteps(schedule, _WHOLE_SCHEDULE))
+    whole = _probe(reference, bundle, [(place, PLAIN_DB) for place in WHOLE_SCHEDULE])
     noisy = schedule.add_noise(whole.restored, whole.noise, whole.timesteps)
     with TemporaryDirectory() as scratch:
+        replay = _Replay(report, bundle, device, Path(scratch))
         for program in feature_programs(reference, noisy, whole.timesteps.double()):
             on_stage(f"replaying the {program.name} graph")
-            with closing(_open_graph(report, bundle, program.name, device, Path(scratch))) as session:
-                _compare_graph(report, program, session, PLAIN[bundle.precision])
-    on_stage("comparing loss and gradient")
-    probe = Probe.make(reference.channels, bundle.resolution, _timesteps(schedule, tolerance.places))
-    eager = DiffLoss.from_unet(reference.unet, schedule, value_range=(-1.0, 1.0), reduction="none")
-    _compare_loss(report, loss, eager, probe, tolerance)
+            with closing(replay.open(program.name)) as session:
+                _compare_graph(report, program, session, FEATURE[replay.precision])
+        reference.unet.enable_gradient_checkpointing()  # the tape of a large UNet in float64 fills a machine
+        eager = DiffLoss.from_unet(reference.unet, schedule, value_range=(-1.0, 1.0), reduction="none")
+        probe = _probe(reference, bundle, _PLACES)
+        for name, weights in ((GRADIENT, _WEIGHTS), (SEMANTIC_GRADIENT, (0.0, 1.0))):
+            on_stage(f"computing what the {name} graph should return")
+            expected = _expected(eager, probe, weights)
+            if name in bundle.graphs:
+                on_stage(f"replaying the {name} graph")
+                for check, session, precision in replay.open_gradient(name):
+                    with closing(session):
+                        found = _run_gradient(session, probe, weights)
+                    _compare_loss(report, check, found, expected, DIFFERENCE[precision], weights)
+            on_stage("comparing loss and gradient of PyTorch's backward")
+            # The torch backend computes in float32, whatever the precision of the stored weights.
+            plain = PLAIN["fp32" if report.backend == "torch" else bundle.precision]
+            rows = [index for index, (place, db) in enumerate(_PLACES) if db <= PLAIN_DB and place in plain.places]
+            part = Probe(*(tensor[rows] for tensor in (probe.target, probe.restored, probe.noise, probe.timesteps)))
+            found = _run_loss(loss, part, weights, torch.float32)
+            wanted = _Expected(
+                *(tensor[rows] for tensor in (expected.naturalness, expected.semantic, expected.gradient))
+            )
+            check = "recomputed loss" if weights[0] else "recomputed semantic loss alone"
+            _compare_loss(report, check, found, wanted, plain, weights)
     return report
 
 
-def _timesteps(schedule: NoiseSchedule, places: Sequence[float]) -> Tensor:
-    return torch.tensor([round(place * (len(schedule) - 1)) for place in places])
+class _Replay:
+    """Opens a bundle's graphs on the backend that the loss runs on; where that runs no graphs, on ONNX Runtime."""
+
+    def __init__(self, report: Report, bundle: Bundle, device: torch.device, scratch: Path) -> None:
+        self._report = report
+        self._bundle = bundle
+        self._device = device
+        self._scratch = scratch
+        self._backend = "onnxruntime" if report.backend == "torch" else report.backend
+        self._widens = bundle.precision == "bf16" and device.type == "cpu"
+        self.precision = "fp32" if self._widens else bundle.precision
+
+    def open(self, name: str) -> Session:
+        file, graph = self._bundle.graph_file(name), self._bundle.graphs[name]
+        inputs, outputs = graph.inputs, graph.outputs
+        if self._widens:
+            self._report.notes.append(
+                f"the {name} graph was replayed in float32: ONNX Runtime has no bfloat16 kernels for the CPU"
+            )
+            write_widened(file, self._scratch / file.name)
+            file, inputs, outputs = self._scratch / file.name, widened_specs(inputs), widened_specs(outputs)
+        return open_session(file, inputs, outputs, backend=self._backend, device=self._device)
+
+    def open_gradient(self, name: str) -> Iterator[tuple[str, Session, str]]:
+        """Yield what to call it, a session, and the precision to hold it to; of a widened graph the program too."""
+        yield name, self.open(name), self.precision
+        if self._widens:
+            graph, bundle = self._bundle.graphs[name], self._bundle
+            schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
+            tapped = TappedUNet(reload_unet(bundle, PRECISIONS[bundle.precision], self._device), schedule)
+            program = trace_gradient(tapped, bundle.batch_size, bundle.resolution, with_noise=name == GRADIENT)
+            run = program.bind(tapped.unet.state_dict())
+            yield (
+                f"{name}, run in PyTorch",
+                TorchSession(run, graph.inputs, graph.outputs, self._device),
+                bundle.precision,
+            )
 
 
-def _open_graph(report: Report, bundle: Bundle, name: str, device: torch.device, scratch: Path) -> Session:
-    """Open a graph on the backend that the loss runs on; where that runs no graphs, on ONNX Runtime."""
-    file = bundle.graph_file(name)
-    graph = bundle.graphs[name]
-    backend = "onnxruntime" if report.backend == "torch" else report.backend
-    if bundle.precision == "bf16" and device.type == "cpu":
-        report.notes.append(
-            f"the {name} graph was replayed in float32: ONNX Runtime has no bfloat16 kernels for the CPU"
-        )
-        write_widened(file, scratch / file.name)
-        return open_session(
-            scratch / file.name,
-            widened_specs(graph.inputs),
-            widened_specs(graph.outputs),
-            backend=backend,
-            device=device,
-        )
-    return open_session(file, graph.inputs, graph.outputs, backend=backend, device=device)
+def _probe(reference: TappedUNet, bundle: Bundle, places: Sequence[tuple[float, float]]) -> Probe:
+    timesteps = torch.tensor([round(place * (len(reference.schedule) - 1)) for place, _ in places])
+    return Probe.make(reference.channels, bundle.resolution, timesteps, [decibels for _, decibels in places])
 
 
-def _compare_graph(report: Report, program: Program, session: Session, tolerance: Tolerance) -> None:
+def _compare_graph(report: Report, program: Program, session: Session, tolerance: float) -> None:
     """Feed the graph what the reference feeds its own half, so that one graph's error is not counted in the next."""
     with torch.no_grad():
         expected = program.module(*program.inputs.values())
@@ -168,7 +242,7 @@ def _compare_graph(report: Report, program: Program, session: Session, tolerance
         session, {spec.name: program.inputs[spec.name].to(session.device, spec.torch_dtype) for spec in session.inputs}
     )
     for name, value in zip(program.outputs, expected, strict=True):
-        report.rows.append(Row(program.name, name, _worst_relative(found[name], value), tolerance.feature))
+        report.rows.append(Row(program.name, name, _worst_relative(found[name], value), tolerance))
 
 
 def _check_names(graph: str, verb: str, specs: Iterable[TensorSpec], expected: Iterable[str]) -> None:
@@ -181,30 +255,60 @@ def _check_names(graph: str, verb: str, specs: Iterable[TensorSpec], expected: I
 def _worst_relative(found: Tensor, expected: Tensor) -> float:
     """Return max |a - b| / max |b|, the worst sample; infinity if anything is not finite."""
     difference = (found.cpu().double() - expected).flatten(1).abs().amax(1)
-    return _worst(difference / expected.flatten(1).abs().amax(1))
+    return _worst_ratio(difference, expected.flatten(1).abs().amax(1))
 
 
-def _worst(errors: Tensor) -> float:
-    return float(torch.where(errors.isfinite(), errors, torch.inf).max())
+def _worst_ratio(error: Tensor, size: Tensor) -> float:
+    """Return the largest error / size; both are zero where a schedule ends in pure noise."""
+    ratios = torch.where(error == 0, 0.0, error / size)
+    return float(torch.where(ratios.isfinite(), ratios, torch.inf).max())
 
 
-def _compare_loss(report: Report, loss: DiffLoss, reference: DiffLoss, probe: Probe, tolerance: Tolerance) -> None:
-    for check, weights in (("loss", (1e-3, 1e-6)), ("semantic loss alone", (0.0, 1.0))):
-        found, gradient = _terms_and_gradient(loss, probe, weights, torch.float32)
-        expected, expected_gradient = _terms_and_gradient(reference, probe, weights, torch.float64)
-        names = ("naturalness", "semantic") if weights[0] else ("semantic",)
-        for name in names:
-            error = _worst((found[name] - expected[name]).abs() / expected[name])
-            report.rows.append(Row(check, name, error, tolerance.term))
-        a, b = gradient.flatten(1), expected_gradient.flatten(1)
-        report.rows.append(Row(check, "gradient", _worst((a - b).norm(dim=1) / b.norm(dim=1)), tolerance.gradient))
-        cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
-        report.rows.append(Row(check, "1 - cosine of gradient", _worst(1 - cosine), 1 - tolerance.cosine))
+def _compare_loss(
+    report: Report,
+    check: str,
+    found: _Expected,
+    expected: _Expected,
+    tolerance: Tolerance,
+    weights: tuple[float, float],
+) -> None:
+    terms = {"semantic": (found.semantic, expected.semantic)}
+    if weights[0]:
+        terms["naturalness"] = (found.naturalness, expected.naturalness)
+    for name, (a, b) in terms.items():
+        report.rows.append(Row(check, name, _worst_ratio((a - b).abs(), b), tolerance.term))
+    a, b = found.gradient.flatten(1), expected.gradient.flatten(1)
+    report.rows.append(Row(check, "gradient", _worst_ratio((a - b).norm(dim=1), b.norm(dim=1)), tolerance.gradient))
+    product = a.norm(dim=1) * b.norm(dim=1)
+    error = _worst_ratio(product - (a * b).sum(1), product)
+    report.rows.append(Row(check, "1 - cosine of gradient", error, 1 - tolerance.cosine))
 
 
-def _terms_and_gradient(
-    loss: DiffLoss, probe: Probe, weights: tuple[float, float], dtype: torch.dtype
-) -> tuple[dict[str, Tensor], Tensor]:
+def _run_gradient(session: Session, probe: Probe, weights: tuple[float, float]) -> _Expected:
+    tensors = {RESTORED: probe.restored, TARGET: probe.target, NOISE: probe.noise, TIMESTEPS: probe.timesteps}
+    for name, weight in zip((NATURALNESS_WEIGHT, SEMANTIC_WEIGHT), weights, strict=True):
+        tensors[name] = torch.full((len(probe.timesteps),), weight)
+    results = run_batched(
+        session, {spec.name: tensors[spec.name].to(session.device).float() for spec in session.inputs}
+    )
+    results = {name: value.cpu().double() for name, value in results.items()}
+    return _Expected(results.get(NATURALNESS, torch.zeros(())), results[SEMANTIC], results[GRADIENT])
+
+
+def _expected(eager: DiffLoss, probe: Probe, weights: tuple[float, float]) -> _Expected:
+    # One sample at a time: float64 takes twice the memory of training.
+    samples = [
+        _run_loss(eager, Probe(*(tensor[None] for tensor in sample)), weights, torch.float64)
+        for sample in zip(probe.target, probe.restored, probe.noise, probe.timesteps, strict=True)
+    ]
+    return _Expected(
+        torch.cat([sample.naturalness for sample in samples]),
+        torch.cat([sample.semantic for sample in samples]),
+        torch.cat([sample.gradient for sample in samples]),
+    )
+
+
+def _run_loss(loss: DiffLoss, probe: Probe, weights: tuple[float, float], dtype: torch.dtype) -> _Expected:
     loss.naturalness_weight, loss.semantic_weight = weights
     place = loss.device
     restored = probe.restored.to(place, dtype).requires_grad_()
@@ -212,4 +316,4 @@ def _terms_and_gradient(
         restored, probe.target.to(place, dtype), timesteps=probe.timesteps.to(place), noise=probe.noise.to(place, dtype)
     )
     (gradient,) = torch.autograd.grad(terms.total.sum(), restored)
-    return {name: value.detach().cpu().double() for name, value in terms._asdict().items()}, gradient.cpu().double()
+    return _Expected(*(tensor.detach().cpu().double() for tensor in (terms.naturalness, terms.semantic, gradient)))

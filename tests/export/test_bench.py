@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def test_every_way_computes_the_same_gradient(bundle: Bundle) -> None:
     """Comparing the speed of different things would be worth nothing; torch.compile compiles at its first call."""
     steps = bench._steps(bundle, "onnxruntime", CPU, lambda _: None)
-    compiled, ours = "torch.compile float32", "diffloss-trt onnxruntime, recompute, fp32"
+    compiled, ours = "torch.compile float32", "diffloss-trt onnxruntime, fused, fp32"
     assert list(steps) == [bench.EAGER, compiled, ours]
     eager = steps[bench.EAGER]()
     assert eager.shape == (2, 3, 16, 16)
@@ -37,7 +37,7 @@ def test_rows_say_what_they_are(exported: Callable[..., Exported], precision: st
     assert list(steps) == [
         "eager PyTorch fp32",
         "torch.compile float32",
-        f"diffloss-trt {backend}, recompute, {precision}",
+        f"diffloss-trt {backend}, fused, {precision}",
     ]
 
 
@@ -70,7 +70,7 @@ def test_bench_prints_one_object(bundle: Bundle, capsys: pytest.CaptureFixture[s
     assert [row["name"] for row in result["rows"]] == [
         "eager PyTorch fp32",
         "torch.compile float32",
-        "diffloss-trt onnxruntime, recompute, fp32",
+        "diffloss-trt onnxruntime, fused, fp32",
     ]
     eager = result["rows"][0]["median_ms"]
     for row in result["rows"]:

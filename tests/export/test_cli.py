@@ -66,17 +66,24 @@ def test_onnx_writes_a_bundle_and_says_what_it_is(
     destination, done = exported_by_command
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
-    assert line.startswith(f"{destination}: 2 graphs, fp32, 16x16, batch 2; replayed on onnxruntime, worst difference")
+    assert line.startswith(f"{destination}: 4 graphs, fp32, 16x16, batch 2; replayed on onnxruntime, worst difference")
     stages = [line.partition("] ")[2] for line in done.stderr.splitlines()]
     assert stages[0].startswith("loading ")
     assert stages[1:] == [
         "writing the UNet",
         "exporting the encoder graph",
         "exporting the noise_head graph",
+        "exporting the gradient graph",
+        "exporting the semantic_gradient graph",
         "checking hashes",
         "replaying the encoder graph",
         "replaying the noise_head graph",
-        "comparing loss and gradient",
+        "computing what the gradient graph should return",
+        "replaying the gradient graph",
+        "comparing loss and gradient of PyTorch's backward",
+        "computing what the semantic_gradient graph should return",
+        "replaying the semantic_gradient graph",
+        "comparing loss and gradient of PyTorch's backward",
     ]
     Bundle.open(destination).verify_hashes()
 
@@ -224,7 +231,7 @@ def test_overwrite_replaces_a_bundle(run: Run, model_folder: Path, copied: Calla
     options = ("--overwrite", "--batch-size", 3, "--precision", "fp16", "--resolution", "8x16")
     status, out, _ = run("onnx", model_folder, "-o", folder, *options)
     assert status == 0
-    assert f"{folder}: 2 graphs, fp16, 8x16, batch 3; replayed on onnxruntime" in out
+    assert f"{folder}: 4 graphs, fp16, 8x16, batch 3; replayed on onnxruntime" in out
     replaced = Bundle.open(folder)
     assert (replaced.batch_size, replaced.precision, replaced.resolution) == (3, "fp16", (8, 16))
     assert list(folder.parent.iterdir()) == [folder]
@@ -260,7 +267,7 @@ def test_inspect_prints_one_object(run: Run, bundle: Bundle) -> None:
     assert description["unet"]["sha256"] == file_sha256(bundle.path / UNET_WEIGHTS)
     assert (description["resolution"], description["batch_size"], description["precision"]) == ([16, 16], 2, "fp32")
     assert description["plans"] == {}
-    assert description["graphs"].keys() == {"encoder", "noise_head"}
+    assert description["graphs"].keys() == {"encoder", "noise_head", "gradient", "semantic_gradient"}
     for name, graph in description["graphs"].items():
         assert graph["sha256"] == file_sha256(bundle.path / f"{name}.onnx")
         assert graph["nodes"] > 50
@@ -346,5 +353,5 @@ def test_unknown_device(run: Run, bundle: Bundle, subcommand: str) -> None:
 def test_notes_are_printed(run: Run, exported: Callable[..., Exported]) -> None:
     status, out, _ = run("verify", exported(precision="bf16").bundle.path, "--device", "cpu")
     assert status == 0
-    assert out.count("note: ") == 2
+    assert out.count("note: ") == 4
     assert "ONNX Runtime has no bfloat16 kernels for the CPU" in out

@@ -15,7 +15,16 @@ from diffloss_engine.bundle import Bundle, file_sha256
 from diffloss_engine.errors import InputError, ModelError, ParityError
 from diffloss_export import tolerances
 from diffloss_export.pipeline import check_resolution, export_bundle
-from diffloss_trt.contract import ENCODER, NOISE_HEAD, PRECISIONS, SCHEDULE, UNET_CONFIG, UNET_WEIGHTS
+from diffloss_trt.contract import (
+    ENCODER,
+    GRADIENT,
+    NOISE_HEAD,
+    PRECISIONS,
+    SCHEDULE,
+    SEMANTIC_GRADIENT,
+    UNET_CONFIG,
+    UNET_WEIGHTS,
+)
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.unet import TappedUNet, reload_unet
 from exports import Exported, edit_json, make_model, make_schedule, rehash
@@ -55,16 +64,17 @@ def test_export_passes_its_own_check(
     assert [row for row in report.rows if not row.passed] == []
     checked = {(row.check, row.quantity) for row in report.rows}
     in_graphs = {(name, spec.name) for name, graph in bundle.graphs.items() for spec in graph.outputs}
-    assert set(bundle.graphs) == {ENCODER, NOISE_HEAD}
-    in_loss = {
-        ("loss", "naturalness"),
-        ("loss", "semantic"),
-        ("loss", "gradient"),
-        ("loss", "1 - cosine of gradient"),
-        ("semantic loss alone", "semantic"),
-        ("semantic loss alone", "gradient"),
-        ("semantic loss alone", "1 - cosine of gradient"),
-    }
+    assert tuple(sorted(bundle.graphs)) == (ENCODER, GRADIENT, NOISE_HEAD, SEMANTIC_GRADIENT)
+    cosine = "1 - cosine of gradient"
+    in_graphs |= {(GRADIENT, cosine), (SEMANTIC_GRADIENT, cosine)}
+    in_loss = {("recomputed loss", quantity) for quantity in ("naturalness", "semantic", "gradient", cosine)}
+    in_loss |= {("recomputed semantic loss alone", quantity) for quantity in ("semantic", "gradient", cosine)}
+    if precision == "bf16":
+        in_loss |= {
+            (f"{check}, run in PyTorch", quantity)
+            for check, quantity in in_graphs
+            if check in (GRADIENT, SEMANTIC_GRADIENT)
+        }
     assert checked == in_graphs | in_loss
     # An error of exactly zero everywhere would mean that something was compared with itself.
     assert all(row.error > 0 for row in report.rows if row.quantity in ("bottleneck", "noise", "gradient"))
@@ -86,10 +96,17 @@ def test_every_step_is_announced_in_order(exported: Callable[..., Exported]) -> 
         "writing the UNet",
         "exporting the encoder graph",
         "exporting the noise_head graph",
+        "exporting the gradient graph",
+        "exporting the semantic_gradient graph",
         "checking hashes",
         "replaying the encoder graph",
         "replaying the noise_head graph",
-        "comparing loss and gradient",
+        "computing what the gradient graph should return",
+        "replaying the gradient graph",
+        "comparing loss and gradient of PyTorch's backward",
+        "computing what the semantic_gradient graph should return",
+        "replaying the semantic_gradient graph",
+        "comparing loss and gradient of PyTorch's backward",
     )
 
 
@@ -119,7 +136,12 @@ def test_stored_configuration_counts_where_it_is_the_default(copied: Callable[..
 
 def test_bundle_holds_nothing_else(exported: Callable[..., Exported]) -> None:
     bundle = exported().bundle
-    assert set(bundle.files) == {"encoder.onnx", "noise_head.onnx", UNET_CONFIG, UNET_WEIGHTS, SCHEDULE}
+    assert set(bundle.files) == {
+        *(f"{name}.onnx" for name in (ENCODER, NOISE_HEAD, GRADIENT, SEMANTIC_GRADIENT)),
+        UNET_CONFIG,
+        UNET_WEIGHTS,
+        SCHEDULE,
+    }
     # The manifest beside them, and no hidden folder beside the bundle.
     assert [path.name for path in bundle.path.parent.iterdir()] == ["bundle"]
 
@@ -143,7 +165,7 @@ def test_source_leaves_no_trace(exported: Callable[..., Exported]) -> None:
 
 
 def test_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    impossible = tolerances.Tolerance(feature=1e-30, term=1e-30, gradient=1e-30, cosine=0.9, places=(0.5,))
+    impossible = tolerances.Tolerance(term=1e-30, gradient=1e-30, cosine=0.9, places=(0.5,))
     monkeypatch.setitem(tolerances.PLAIN, "fp32", impossible)
     with pytest.raises(ParityError, match=r"the error against float64 is .*, allowed 1e-30"):
         export_bundle(make_model(), tmp_path / "bundle", batch_size=1)
@@ -155,7 +177,7 @@ def test_failed_check_leaves_the_bundle_that_was_to_be_replaced(
 ) -> None:
     folder = copied()
     before = contents(folder)
-    impossible = tolerances.Tolerance(feature=1e-30, term=1e-30, gradient=1e-30, cosine=0.9, places=(0.5,))
+    impossible = tolerances.Tolerance(term=1e-30, gradient=1e-30, cosine=0.9, places=(0.5,))
     monkeypatch.setitem(tolerances.PLAIN, "fp32", impossible)
     with pytest.raises(ParityError):
         export_bundle(make_model(), folder, batch_size=1, overwrite=True)

@@ -14,10 +14,22 @@ from onnx import TensorProto, helper
 
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BundleError, IntegrityError, ParityError
-from diffloss_export.tolerances import PLAIN, RESTORED_DB
+from diffloss_export.pipeline import export_bundle
+from diffloss_export.tolerances import DIFFERENCE, PLAIN, Tolerance
 from diffloss_export.verify import Probe, Report, Row, verify_bundle
-from diffloss_trt.contract import ENCODER, NOISE_HEAD, SCHEDULE, UNET_CONFIG, UNET_WEIGHTS
-from exports import Exported, edit_json, read_graph, rehash, repoint
+from diffloss_trt.contract import (
+    ENCODER,
+    GRADIENT,
+    NOISE_HEAD,
+    SCHEDULE,
+    SEMANTIC_GRADIENT,
+    UNET_CONFIG,
+    UNET_WEIGHTS,
+)
+from diffloss_trt.schedule import NoiseSchedule
+from exports import Exported, edit_json, make_model, make_schedule, read_graph, rehash, repoint
+
+RECOMPUTED = ("recomputed loss", "recomputed semantic loss alone")
 
 
 def failed(report: Report) -> set[str]:
@@ -30,7 +42,7 @@ def test_every_backend_agrees_with_float64(bundle: Bundle, backend: str) -> None
     report.raise_for_failure()
     assert report.backend == ("torch" if backend == "torch" else "onnxruntime")
     # Where the loss runs no graphs, the graphs are replayed all the same.
-    assert {ENCODER, NOISE_HEAD, "loss", "semantic loss alone"} == {row.check for row in report.rows}
+    assert {ENCODER, NOISE_HEAD, GRADIENT, SEMANTIC_GRADIENT, *RECOMPUTED} == {row.check for row in report.rows}
 
 
 def test_errors_are_of_the_size_of_the_precision(exported: Callable[..., Exported]) -> None:
@@ -44,7 +56,7 @@ def test_errors_are_of_the_size_of_the_precision(exported: Callable[..., Exporte
 
 def test_bf16_says_how_its_graphs_were_replayed(exported: Callable[..., Exported]) -> None:
     report = exported(precision="bf16").report
-    assert len(report.notes) == 2
+    assert len(report.notes) == 4
     assert all("replayed in float32" in note for note in report.notes)
     assert exported(precision="fp16").report.notes == []
 
@@ -70,7 +82,7 @@ def test_graph_that_disagrees_with_the_unet_fails(
     # The graph itself, and not the other one; the loss too, unless it runs without the graphs.
     assert graph in failed(report)
     assert {ENCODER, NOISE_HEAD} - {graph} <= {row.check for row in report.rows} - failed(report)
-    assert ("loss" in failed(report)) == (report.backend == "onnxruntime")
+    assert ("recomputed loss" in failed(report)) == (report.backend == "onnxruntime")
     with pytest.raises(ParityError, match=r"the error against float64 is .*, allowed"):
         report.raise_for_failure()
 
@@ -81,7 +93,7 @@ def test_unet_that_disagrees_with_the_graphs_fails(copied: Callable[..., Path], 
     edit_json(folder / UNET_CONFIG, lambda config: config.update(change))
     rehash(folder)
     report = verify_bundle(Bundle.open(folder))
-    assert {ENCODER, NOISE_HEAD, "loss"} <= failed(report)
+    assert {ENCODER, NOISE_HEAD, GRADIENT, SEMANTIC_GRADIENT, "recomputed loss"} <= failed(report)
 
 
 def test_schedule_that_disagrees_with_the_graph_fails(copied: Callable[..., Path]) -> None:
@@ -149,11 +161,14 @@ def test_altered_file_fails_before_anything_is_run(copied: Callable[..., Path]) 
     assert stages == ["checking hashes"]
 
 
-def test_schedule_that_ends_in_pure_noise_can_be_checked(copied: Callable[..., Path]) -> None:
-    folder = copied()
-    edit_json(folder / SCHEDULE, lambda schedule: schedule["alphas_cumprod"].__setitem__(-1, 0.0))
-    rehash(folder)
-    verify_bundle(Bundle.open(folder)).raise_for_failure()
+def test_schedule_that_ends_in_pure_noise_can_be_checked(tmp_path: Path) -> None:
+    model = make_model()
+    table = make_schedule().alphas_cumprod
+    table[-1] = 0
+    _, report = export_bundle(
+        dataclasses.replace(model, schedule=NoiseSchedule(table)), tmp_path / "bundle", batch_size=2
+    )
+    report.raise_for_failure()
 
 
 def test_report_names_its_worst_row() -> None:
@@ -179,18 +194,21 @@ def test_row_without_a_number_has_not_passed(error: float) -> None:
 def test_probe_is_an_image_and_its_restoration_at_the_tables_distance(
     channels: int, resolution: tuple[int, int]
 ) -> None:
-    probe = Probe.make(channels, resolution, torch.tensor([0, 5, 9]))
+    wanted = [20.0, 35.0, 50.0]
+    probe = Probe.make(channels, resolution, torch.tensor([0, 5, 9]), wanted)
     assert probe.target.shape == probe.restored.shape == probe.noise.shape == (3, channels, *resolution)
     assert probe.target.dtype == torch.float64
     assert probe.target.abs().max() <= 1
     decibels = 10 * (4 / (probe.restored - probe.target).square().mean((1, 2, 3))).log10()
-    assert (decibels - RESTORED_DB).abs().max() < 1
-    again = Probe.make(channels, resolution, torch.tensor([0, 5, 9]))
+    assert (decibels - torch.tensor(wanted)).abs().max() < 1
+    assert torch.equal(probe.restored, probe.restored.float().double())
+    again = Probe.make(channels, resolution, torch.tensor([0, 5, 9]), wanted)
     assert torch.equal(probe.restored, again.restored)
-    assert not torch.equal(probe.restored, Probe.make(channels, resolution, probe.timesteps, seed=1).restored)
+    assert not torch.equal(probe.restored, Probe.make(channels, resolution, probe.timesteps, wanted, seed=1).restored)
 
 
-def test_lower_precision_is_allowed_more() -> None:
-    rows = [dataclasses.astuple(PLAIN[name])[:3] for name in ("fp32", "fp16", "bf16")]
+@pytest.mark.parametrize("table", [PLAIN, DIFFERENCE], ids=["plain", "difference"])
+def test_lower_precision_is_allowed_more(table: dict[str, Tolerance]) -> None:
+    rows = [dataclasses.astuple(table[name])[:2] for name in ("fp32", "fp16", "bf16")]
     assert all(a < b for fine, coarse in itertools.pairwise(rows) for a, b in zip(fine, coarse, strict=True))
-    assert PLAIN["fp32"].cosine > PLAIN["fp16"].cosine > PLAIN["bf16"].cosine
+    assert table["fp32"].cosine > table["fp16"].cosine > table["bf16"].cosine

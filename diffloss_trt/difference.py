@@ -1,0 +1,502 @@
+"""Difference form: a network on pairs (value on the target, scaled difference to the restored image).
+
+The loss compares two nearly equal images, and in half precision their features cannot be subtracted: rounding eats the
+difference. So every activation is carried as (v, d): `v` on the target's branch, `v + s d` on the restored one, with
+one power of two `s` for each sample that keeps `d` at order one. No rule here subtracts near-equals:
+
+- linear operations act on v and on d alike, without bias on d;
+- a product: d = v_a d_b + d_a (v_b + s d_b);
+- the others have a closed form of (f(v + s d) - f(v)) / s, computed in float32 at least.
+
+Going back, each rule gives the ordinary input gradient of f at `v + s d`: the gradient of the restored branch alone.
+Activations between linear operations have the network's own precision; group norm, silu and softmax work, and return,
+in float32 at least.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffloss_engine.errors import ModelError
+from diffloss_trt.objective import per_sample, wide
+
+aten = torch.ops.aten
+
+# What an operation's input gradient is, from the gradient of its output: one tensor for each of its pairs.
+Pullback = Callable[[Tensor], "Sequence[Tensor]"]
+
+
+@dataclass(eq=False, frozen=True)
+class Pair:
+    """An activation on the target's branch, and its difference on the restored branch divided by the tape's scale."""
+
+    value: Tensor
+    difference: Tensor
+
+
+class Tape:
+    """What the rules share: the scale of the differences, the precision, and the way back.
+
+    scale: [B], positive, float32 or float64; the first axis of every activation is that of the samples.
+    dtype: that of convolutions and matrix products.
+    """
+
+    def __init__(self, scale: Tensor, dtype: torch.dtype) -> None:
+        self.scale = scale
+        self.dtype = dtype
+        self._steps: list[tuple[Pair, tuple[Pair, ...], Pullback]] = []
+
+    def record(self, value: Tensor, difference: Tensor, inputs: Sequence[Pair], pullback: Pullback) -> Pair:
+        """Return the pair of an operation's result, remembering how to go back from it to `inputs`."""
+        pair = Pair(value, difference)
+        self._steps.append((pair, tuple(inputs), pullback))
+        return pair
+
+    def narrow(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` in the precision of convolutions and matrix products."""
+        return tensor.to(self.dtype)
+
+    def scaled(self, difference: Tensor) -> Tensor:
+        """Return the difference itself, in float32 at least."""
+        return wide(difference) * per_sample(self.scale, difference)
+
+    def restored(self, pair: Pair) -> Tensor:
+        """Return the activation on the restored branch, in float32 at least."""
+        return wide(pair.value) + self.scaled(pair.difference)
+
+    def gradient(self, cotangents: Sequence[tuple[Pair, Tensor]], source: Pair) -> Tensor:
+        """Return the gradient at `source`, from those at any number of later pairs."""
+        found: dict[Pair, Tensor] = {}
+
+        def put(pair: Pair, cotangent: Tensor) -> None:
+            found[pair] = found[pair] + cotangent if pair in found else cotangent
+
+        for pair, cotangent in cotangents:
+            put(pair, cotangent)
+        for pair, inputs, pullback in reversed(self._steps):
+            if pair in found:
+                for input_pair, gradient in zip(inputs, pullback(found.pop(pair)), strict=True):
+                    put(input_pair, gradient)
+        return found[source]
+
+
+def linear_map(tape: Tape, pair: Pair, forward: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Pair:
+    """Apply a linear operation without bias to both halves; `back` is its transpose."""
+    return tape.record(forward(pair.value), forward(pair.difference), [pair], lambda g: [back(g)])
+
+
+# Convolutions and matrix products
+
+
+def conv2d(
+    tape: Tape,
+    x: Pair,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Pair:
+    """`F.conv2d`, undilated."""
+    if any(step != 1 for step in dilation):
+        raise ModelError(f"a convolution has dilation {list(dilation)}; its input gradient is known for 1 alone")
+    height, width = x.value.shape[2:]
+    stride, padding = _two(stride), _two(padding)
+
+    def back(g: Tensor) -> Sequence[Tensor]:
+        return [conv2d_input_gradient(tape.narrow(g), weight, (height, width), stride, padding, groups)]
+
+    return tape.record(
+        F.conv2d(tape.narrow(x.value), weight, bias, stride, padding, groups=groups),
+        F.conv2d(tape.narrow(x.difference), weight, None, stride, padding, groups=groups),
+        [x],
+        back,
+    )
+
+
+def _two(values: Sequence[int]) -> tuple[int, int]:
+    return values[0], values[-1]
+
+
+def conv2d_input_gradient(
+    gradient: Tensor,
+    weight: Tensor,
+    size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Return the gradient of a convolution with respect to its input of `size`, as a plain convolution.
+
+    With stride 1 that is a convolution with the kernel flipped and its channel axes swapped. With stride s, the
+    input's rows and columns fall into s*s classes, each of which meets its own part of the kernel: one convolution at
+    the output's size makes all of them, as s*s times as many channels, and they are interleaved.
+    """
+    out_channels, in_channels, *kernel = weight.shape
+    weight = weight.reshape(groups, out_channels // groups, in_channels, *kernel).transpose(1, 2)
+    if stride == (1, 1):
+        weight = weight.flip(3, 4).reshape(groups * in_channels, out_channels // groups, *kernel)
+        rows, columns = (k - 1 - p for k, p in zip(kernel, padding, strict=True))
+        if min(rows, columns) < 0:  # padding beyond the kernel's reach: what was computed there has no input
+            gradient = F.pad(gradient, [min(0, columns)] * 2 + [min(0, rows)] * 2)
+        return F.conv2d(gradient, weight, None, 1, (max(0, rows), max(0, columns)), 1, groups)
+    s0, s1 = stride
+    taps = [math.ceil(k / s) for k, s in zip(kernel, stride, strict=True)]
+    weight = F.pad(weight, (0, taps[1] * s1 - kernel[1], 0, taps[0] * s0 - kernel[0]))
+    weight = weight.reshape(groups * in_channels, out_channels // groups, taps[0], s0, taps[1], s1).flip(2, 4)
+    weight = weight.permute(0, 3, 5, 1, 2, 4).reshape(-1, out_channels // groups, *taps)
+    phases = F.conv2d(gradient, weight, None, 1, [tap - 1 for tap in taps], 1, groups)
+    batch, _, rows, columns = phases.shape
+    image = phases.reshape(batch, groups * in_channels, s0, s1, rows, columns).permute(0, 1, 4, 2, 5, 3)
+    image = image.reshape(batch, groups * in_channels, rows * s0, columns * s1)
+    # Beyond the last position that the kernel visits the input has no influence: zeros are appended.
+    lengths = [p + side for p, side in zip(padding, size, strict=True)]
+    missing = [max(0, length - have) for length, have in zip(lengths, image.shape[2:], strict=True)]
+    if any(missing):
+        image = F.pad(image, (0, missing[1], 0, missing[0]))
+    return image[:, :, padding[0] : lengths[0], padding[1] : lengths[1]]
+
+
+def linear(tape: Tape, x: Pair, weight: Tensor, bias: Tensor | None = None) -> Pair:
+    """`F.linear`."""
+    return tape.record(
+        F.linear(tape.narrow(x.value), weight, bias),
+        F.linear(tape.narrow(x.difference), weight),
+        [x],
+        lambda g: [F.linear(tape.narrow(g), weight.T)],
+    )
+
+
+def attention(
+    tape: Tape,
+    query: Pair,
+    key: Pair,
+    value: Pair,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Pair:
+    """`F.scaled_dot_product_attention` without mask, [B, heads, tokens, channels].
+
+    The softmax's difference is (p_v + p_u) tanh(y / 2) with y = log(p_u / p_v), p_u being the restored branch's
+    probabilities. With x the difference of the logits, less its largest in the row (softmax does not notice), and
+    M = sum p_v expm1(x): tanh(y / 2) = (expm1(x) - M) / (2 + expm1(x) + M).
+    """
+    if attn_mask is not None or is_causal or enable_gqa or dropout_p:
+        raise ModelError("attention with a mask, dropout or grouped queries has no difference form")
+    factor = 1 / math.sqrt(query.value.shape[-1]) if scale is None else scale
+    q_v, q_d, q_u = _operands(tape, query, factor)
+    k_v, k_d, k_u = _operands(tape, key)
+    w_v, w_d, w_u = _operands(tape, value)
+    logits = wide(q_v @ k_v.mT)
+    difference = tape.scaled(q_v @ k_d.mT + q_d @ k_u.mT)
+    p_v = logits.softmax(-1)
+    p_u = (logits + difference).softmax(-1)
+    t = torch.tanh((difference - difference.amax(-1, keepdim=True)) * 0.5)
+    m = 2 * t / (1 - t)  # expm1, which ONNX lacks; t is in (-1, 0], so that nothing cancels
+    mean = (p_v * m).sum(-1, keepdim=True)
+    denominator = 2 + m + mean
+    # Where it is this small, both terms are near -1: the row has changed so much that the subtraction of probabilities
+    # is harmless, and that in the quotient is not.
+    p_d = torch.where(denominator > 1, (p_v + p_u) * (m - mean) / denominator.clamp(min=1), p_u - p_v)
+    p_d = p_d / per_sample(tape.scale, p_d)
+    p_u = tape.narrow(p_u)
+
+    def back(g: Tensor) -> Sequence[Tensor]:
+        g = tape.narrow(g)
+        of_p = wide(g @ w_u.mT)
+        p = wide(p_u)
+        of_logits = tape.narrow(p * (of_p - (p * of_p).sum(-1, keepdim=True)))
+        return of_logits @ k_u * factor, of_logits.mT @ q_u, p_u.mT @ g
+
+    return tape.record(
+        tape.narrow(p_v) @ w_v,
+        tape.narrow(p_v) @ w_d + tape.narrow(p_d) @ w_u,
+        [query, key, value],
+        back,
+    )
+
+
+def _operands(tape: Tape, pair: Pair, factor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = pair.value, pair.difference, tape.restored(pair)
+    v, d, u = (tape.narrow(tensor if factor == 1 else tensor * factor) for tensor in tensors)
+    return v, d, u
+
+
+# Group norm and silu
+
+
+def group_norm(
+    tape: Tape,
+    x: Pair,
+    groups: int,
+    gain: Tensor,
+    offset: Tensor,
+    eps: float,
+    time_scale: Tensor | None = None,
+    time_shift: Tensor | None = None,
+    *,
+    activate: bool,
+) -> Pair:
+    """`F.group_norm`, times `time_scale` plus `time_shift` ([B, C, 1, 1]), and silu if `activate`, in one.
+
+    Of group norm, with c = v - mean v, q = d - mean d, a and b the two branches' variances plus eps, and
+    delta = mean((2c + s q) q), so that b = a + s delta: difference = q / sqrt(b) + c k,
+    k = (1/sqrt(b) - 1/sqrt(a)) / s = -delta / (sqrt(a) sqrt(b) (sqrt(a) + sqrt(b))).
+    Of silu: d sigmoid(u) + v (sigmoid(u) - sigmoid(v)) / s, the last factor being
+    1/2 tanh(s d / 2) (1 - tanh(u / 2) tanh(v / 2)) / s.
+    """
+    shape = x.value.shape
+    batch, channels = shape[:2]
+    grouped, per_channel = (batch, groups, -1), (batch, channels, -1)
+    scale = tape.scale.view(-1, 1, 1)
+    v, d = (wide(half).reshape(grouped) for half in (x.value, x.difference))
+    c = v - v.mean(-1, keepdim=True)
+    q = d - d.mean(-1, keepdim=True)
+    c_u = c + scale * q
+    r_v = ((c * c).mean(-1, keepdim=True) + eps).rsqrt()
+    r_u = ((c_u * c_u).mean(-1, keepdim=True) + eps).rsqrt()
+    delta = ((c + c_u) * q).mean(-1, keepdim=True)
+    k = -delta * (r_v * r_u).square() / (r_v + r_u)
+    gain, offset = wide(gain).view(1, -1, 1), wide(offset).view(1, -1, 1)
+    if time_scale is not None and time_shift is not None:
+        time_scale, time_shift = time_scale.flatten(2), time_shift.flatten(2)
+        gain, offset = gain * time_scale, offset * time_scale + time_shift
+    if activate:  # silu reads halves
+        gain, offset = gain * 0.5, offset * 0.5
+    gain = gain.reshape(-1, groups, channels // groups)
+    gain_u = (r_u * gain).reshape(batch, channels, 1)
+
+    def apply(normalized: Tensor, factor: Tensor) -> Tensor:
+        return normalized.reshape(per_channel) * factor.reshape(batch, channels, 1)
+
+    y_v = apply(c, r_v * gain) + offset
+    y_d = apply(q, gain_u) + apply(c, k * gain)
+    if activate:
+        y_v, y_d, slope = _silu_of_halves(y_v, y_d, scale)
+
+    def back(g: Tensor) -> Sequence[Tensor]:
+        g = wide(g).reshape(per_channel)
+        if activate:
+            g = g * slope
+        g = (g * gain_u).reshape(grouped)
+        along = (g * c_u).mean(-1, keepdim=True) * r_u.square()
+        return [(g - g.mean(-1, keepdim=True) - c_u * along).reshape(shape)]
+
+    return tape.record(y_v.reshape(shape), y_d.reshape(shape), [x], back)
+
+
+def silu(tape: Tape, x: Pair) -> Pair:
+    """`F.silu`; for the form see `group_norm`."""
+    v, d = wide(x.value) * 0.5, wide(x.difference) * 0.5
+    v, d, slope = _silu_of_halves(v, d, per_sample(tape.scale, v))
+    return tape.record(v, d, [x], lambda g: [wide(g) * (0.5 * slope)])
+
+
+def _silu_of_halves(v: Tensor, d: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return value and difference of silu(2v), and its derivative with respect to v on the restored branch."""
+    scaled = scale * d
+    u = v + scaled
+    t_v, t_u, t_d = torch.tanh(v), torch.tanh(u), torch.tanh(scaled)
+    twice_sigmoid = 1 + t_u
+    slope = twice_sigmoid + u * (twice_sigmoid * (2 - twice_sigmoid))
+    difference = d * twice_sigmoid + v * (1 - t_u * t_v) * (t_d * (1 / scale))
+    return v * (1 + t_v), difference, slope
+
+
+# Sums, products and changes of shape
+
+
+def add(tape: Tape, a: Pair | Tensor | float, b: Pair | Tensor | float, *, alpha: float = 1) -> Pair:
+    """`a + alpha * b`; of tensors that are no pairs only such as have no more elements."""
+    if isinstance(a, Pair) and isinstance(b, Pair):
+        _refuse_growth(a, b.value)
+        _refuse_growth(b, a.value)
+        return tape.record(
+            torch.add(a.value, b.value, alpha=alpha),
+            torch.add(a.difference, b.difference, alpha=alpha),
+            [a, b],
+            lambda g: [g, g if alpha == 1 else g * alpha],
+        )
+    if isinstance(a, Pair):
+        _refuse_growth(a, b)
+        return tape.record(torch.add(a.value, b, alpha=alpha), a.difference, [a], lambda g: [g])
+    assert isinstance(b, Pair)
+    _refuse_growth(b, a)
+    return tape.record(torch.add(a, b.value, alpha=alpha), b.difference * alpha, [b], lambda g: [g * alpha])
+
+
+def _refuse_growth(pair: Pair, other: Pair | Tensor | float) -> None:
+    if isinstance(other, Tensor) and torch.broadcast_shapes(pair.value.shape, other.shape) != pair.value.shape:
+        raise ModelError(f"{list(pair.value.shape)} grows to meet {list(other.shape)}, which has no difference form")
+
+
+def subtract(tape: Tape, a: Pair | Tensor | float, b: Pair | Tensor | float, *, alpha: float = 1) -> Pair:
+    """`a - alpha * b`."""
+    return add(tape, a, b, alpha=-alpha)
+
+
+def multiply(tape: Tape, a: Pair | Tensor | float, b: Pair | Tensor | float) -> Pair:
+    """`a * b`; of tensors that are no pairs only such as have no more elements."""
+    if isinstance(a, Pair) and isinstance(b, Pair):
+        _refuse_growth(a, b.value)
+        _refuse_growth(b, a.value)
+        u_a, u_b = tape.restored(a), tape.restored(b)
+        return tape.record(
+            a.value * b.value,
+            a.value * b.difference + a.difference * u_b,
+            [a, b],
+            lambda g: [g * u_b, g * u_a],
+        )
+    pair, factor = (a, b) if isinstance(a, Pair) else (b, a)
+    assert isinstance(pair, Pair)
+    _refuse_growth(pair, factor)
+    if not isinstance(factor, Tensor) and factor == 1:
+        return pair
+    return linear_map(tape, pair, lambda half: half * factor, lambda g: g * factor)
+
+
+def divide(tape: Tape, a: Pair | Tensor | float, b: Pair | Tensor | float) -> Pair:
+    """`a / b`, `b` being no pair."""
+    if isinstance(b, Pair):
+        raise ModelError("a division by what depends on the image has no difference form")
+    return multiply(tape, a, 1 / b)
+
+
+def cat(tape: Tape, pairs: Sequence[Pair], dim: int = 0) -> Pair:
+    """`torch.cat`."""
+    return tape.record(
+        torch.cat([pair.value for pair in pairs], dim),
+        torch.cat([pair.difference for pair in pairs], dim),
+        pairs,
+        lambda g: g.split([pair.value.shape[dim] for pair in pairs], dim),
+    )
+
+
+def reshape(tape: Tape, x: Pair, shape: Sequence[int]) -> Pair:
+    """`Tensor.reshape`."""
+    before = x.value.shape
+    return linear_map(tape, x, lambda half: half.reshape(shape), lambda g: g.reshape(before))
+
+
+def transpose(tape: Tape, x: Pair, first: int, second: int) -> Pair:
+    """`Tensor.transpose`."""
+    return linear_map(tape, x, lambda half: half.transpose(first, second), lambda g: g.transpose(first, second))
+
+
+def permute(tape: Tape, x: Pair, dims: Sequence[int]) -> Pair:
+    """`Tensor.permute`."""
+    inverse = sorted(range(len(dims)), key=lambda axis: dims[axis] % len(dims))
+    return linear_map(tape, x, lambda half: half.permute(dims), lambda g: g.permute(inverse))
+
+
+def slice_(tape: Tape, x: Pair, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Pair:
+    """`x[..., start:end:step, ...]` along `dim`."""
+    size, axis = x.value.shape[dim], dim % x.value.ndim
+    first, last, _ = slice(start, end, step).indices(size)
+    behind = [0, 0] * (x.value.ndim - 1 - axis)
+
+    def back(g: Tensor) -> Tensor:
+        if step > 1:  # zeros in between
+            g = F.pad(g.unsqueeze(axis + 1), [*behind, 0, step - 1]).flatten(axis, axis + 1)
+        return F.pad(g, [*behind, first, size - first - g.shape[axis]])
+
+    return linear_map(tape, x, lambda half: aten.slice(half, axis, first, last, step), back)
+
+
+def pad(tape: Tape, x: Pair, pads: Sequence[int], mode: str = "constant", value: float | None = None) -> Pair:
+    """`F.pad` with zeros; negative widths cut."""
+    if mode != "constant" or value:
+        raise ModelError(f"padding of mode {mode!r} with value {value} has no difference form; only zeros have")
+    return linear_map(tape, x, lambda half: F.pad(half, list(pads)), lambda g: F.pad(g, [-width for width in pads]))
+
+
+def upsample_nearest(
+    tape: Tape, x: Pair, output_size: Sequence[int] | None, scale_factors: Sequence[float] | None
+) -> Pair:
+    """`F.interpolate` by nearest neighbour, enlarging by whole numbers."""
+    size = x.value.shape[2:]
+    if output_size is None:
+        output_size = [round(side * factor) for side, factor in zip(size, scale_factors or (), strict=True)]
+    factors = [out // side for out, side in zip(output_size, size, strict=True)]
+    if any(side * factor != out for side, factor, out in zip(size, factors, output_size, strict=True)):
+        raise ModelError(f"upsampling {list(size)} to {list(output_size)} has no difference form: not a whole multiple")
+    return linear_map(
+        tape,
+        x,
+        lambda half: F.interpolate(half, scale_factor=[float(factor) for factor in factors]),
+        lambda g: F.avg_pool2d(g, factors) * math.prod(factors),
+    )
+
+
+def average_pool(
+    tape: Tape, x: Pair, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0, 0)
+) -> Pair:
+    """`F.avg_pool2d` of windows that tile the image."""
+    window = _two(kernel)
+    if (
+        (stride and _two(stride) != window)
+        or any(padding)
+        or any(side % edge for side, edge in zip(x.value.shape[2:], window, strict=True))
+    ):
+        raise ModelError(
+            f"average pooling with kernel {list(kernel)}, stride {list(stride)} and padding {list(padding)} over "
+            f"{list(x.value.shape[2:])} has no difference form: its windows do not tile the image"
+        )
+    return linear_map(
+        tape,
+        x,
+        lambda half: F.avg_pool2d(half, window),
+        lambda g: F.interpolate(g, scale_factor=[float(edge) for edge in window]) * (1 / math.prod(window)),
+    )
+
+
+def unchanged(tape: Tape, x: Pair, *_: Any, **__: Any) -> Pair:
+    """Conversions of dtype or place: precision is the tape's business."""
+    return x
+
+
+def dropout(tape: Tape, x: Pair, p: float, train: bool) -> Pair:
+    """`F.dropout` in evaluation."""
+    if train:
+        raise ModelError("dropout in training mode has no difference form")
+    return x
+
+
+# A captured operation -> what it does to pairs. `capture.py` puts `group_norm` for the operations that it joins.
+RULES: dict[Any, Callable[..., Pair]] = {
+    aten.conv2d.default: conv2d,
+    aten.linear.default: linear,
+    aten.scaled_dot_product_attention.default: attention,
+    group_norm: group_norm,
+    aten.silu.default: silu,
+    aten.add.Tensor: add,
+    aten.sub.Tensor: subtract,
+    aten.mul.Tensor: multiply,
+    aten.div.Tensor: divide,
+    aten.cat.default: cat,
+    aten.view.default: reshape,
+    aten.reshape.default: reshape,
+    aten.transpose.int: transpose,
+    aten.permute.default: permute,
+    aten.slice.Tensor: slice_,
+    aten.pad.default: pad,
+    aten.upsample_nearest2d.vec: upsample_nearest,
+    aten.avg_pool2d.default: average_pool,
+    aten.alias.default: unchanged,
+    aten.dropout.default: dropout,
+    aten.to.dtype: unchanged,
+    aten.to.device: unchanged,
+    aten.to.dtype_layout: unchanged,
+}

@@ -1,0 +1,81 @@
+"""DiffLoss and its gradient with respect to the restored image, as one forward-only program in difference form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffloss_trt.capture import CapturedUNet
+from diffloss_trt.contract import (
+    GRADIENT,
+    NATURALNESS,
+    NATURALNESS_WEIGHT,
+    NOISE,
+    RESTORED,
+    SEMANTIC,
+    SEMANTIC_GRADIENT,
+    SEMANTIC_WEIGHT,
+    TARGET,
+    TIMESTEPS,
+)
+from diffloss_trt.difference import Pair, Tape, wide
+from diffloss_trt.objective import per_sample, power_of_two, terms_and_cotangents
+from diffloss_trt.traced import TracedProgram
+from diffloss_trt.unet import TappedUNet
+
+_SIGNAL_TABLE, _NOISE_TABLE = "signal_table", "noise_table"
+
+
+def trace_gradient(
+    tapped: TappedUNet, batch_size: int, resolution: tuple[int, int], *, with_noise: bool
+) -> TracedProgram:
+    """Trace the gradient graph for images of one size, or, without the noise, the one of the semantic term alone.
+
+    Inputs: restored, target, noise [B, C, H, W], images in [-1, 1]; timesteps [B]; a weight [B] >= 0 for each term.
+    Outputs: each term [B], unweighted; gradient [B, C, H, W], that of each sample's weighted sum of the terms.
+    All are float32 (float64 if the UNet is); inside, convolutions and matrix products have the UNet's dtype.
+
+    Raises ModelError for a UNet with an operation that has no difference form.
+    """
+    captured = CapturedUNet(tapped, batch_size, resolution, with_noise=with_noise)
+    outside = torch.promote_types(tapped.dtype, torch.float32)
+    device = next(tapped.unet.parameters()).device
+    state = tapped.unet.state_dict()
+    tables = tapped.schedule.tables(device, outside)
+    constants = {**captured.constants, _SIGNAL_TABLE: tables[0], _NOISE_TABLE: tables[1]}
+    image, number = (batch_size, tapped.channels, *resolution), (batch_size,)
+    shapes = {RESTORED: image, TARGET: image, NOISE: image, TIMESTEPS: number}
+    shapes |= {NATURALNESS_WEIGHT: number} if with_noise else {}
+    shapes |= {SEMANTIC_WEIGHT: number}
+    inputs = {name: torch.zeros(shape, dtype=outside, device=device) for name, shape in shapes.items()}
+
+    def program(
+        inputs: dict[str, Tensor], weights: dict[str, Tensor], constants: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        index = inputs[TIMESTEPS].long()
+        signal, of_noise = (constants[name][index].view(-1, 1, 1, 1) for name in (_SIGNAL_TABLE, _NOISE_TABLE))
+        difference = signal * (inputs[RESTORED] - inputs[TARGET])
+        scale = power_of_two(difference.flatten(1).abs().amax(1))
+        tape = Tape(scale, tapped.dtype)
+        noisy = Pair(signal * inputs[TARGET] + of_noise * inputs[NOISE], difference / per_sample(scale, difference))
+        taps = captured.run_pair(tape, noisy, inputs[TIMESTEPS], weights, constants)
+        terms, cotangents = terms_and_cotangents(
+            *(tape.scaled(tap.difference) for tap in taps),
+            naturalness_weight=inputs.get(NATURALNESS_WEIGHT),
+            semantic_weight=inputs[SEMANTIC_WEIGHT],
+        )
+        # Half precision wants cotangents of order one; behind the UNet's backward, which is linear, that is undone.
+        largest = torch.stack([cotangent.flatten(1).abs().amax(1) for cotangent in cotangents], 1).amax(1)
+        size = power_of_two(largest)
+        ends = [(tap, cotangent / per_sample(size, cotangent)) for tap, cotangent in zip(taps, cotangents, strict=True)]
+        gradient = signal * per_sample(size, signal) * wide(tape.gradient(ends, noisy))
+        return (terms.naturalness, terms.semantic, gradient) if with_noise else (terms.semantic, gradient)
+
+    return TracedProgram.trace(
+        GRADIENT if with_noise else SEMANTIC_GRADIENT,
+        program,
+        inputs,
+        {key: state[key] for key in captured.weights},
+        constants,
+        (NATURALNESS, SEMANTIC, GRADIENT) if with_noise else (SEMANTIC, GRADIENT),
+    )
