@@ -11,7 +11,8 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from diffloss_engine.errors import ModelError
-from diffloss_trt.difference import RULES, Pair, Tape, aten, group_norm, wide
+from diffloss_trt.difference import RULES, Pair, Tape, aten, group_norm
+from diffloss_trt.objective import wide
 from diffloss_trt.unet import TappedUNet
 
 

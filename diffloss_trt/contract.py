@@ -9,9 +9,10 @@ A bundle's graphs and their tensors, batch first, `h`, `w` the bottleneck's size
 | gradient | restored, target, noise, timesteps, naturalness_weight, semantic_weight | naturalness, semantic, gradient |
 | semantic_gradient | the same without naturalness_weight | semantic, gradient |
 
-`restored`, `target` and `gradient` are images too, [B, C, H, W]; weights and terms are [B]. All of these are float32, as
-`noisy`, `timesteps` and `noise` are; the tensors between encoder and noise head have the bundle's precision. Restored
-and target are in [-1, 1]; `gradient` is that of each sample's weighted sum of the terms with respect to restored.
+`restored`, `target` and `gradient` are images too, [B, C, H, W]; weights and terms are [B]. All of these are float32,
+as `noisy`, `timesteps` and `noise` are; the tensors between encoder and noise head have the bundle's precision.
+Restored and target are in [-1, 1]; `gradient` is that of each sample's weighted sum of the terms with respect to
+restored.
 
 The two gradient graphs are in difference form (`difference.py`). The other two are in plain form: subtracting their
 outputs for two similar images loses digits, which half precision does not have to spare (DiffLoss's gradient error at

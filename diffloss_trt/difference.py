@@ -329,12 +329,12 @@ def add(tape: Tape, a: Pair | Tensor | float, b: Pair | Tensor | float, *, alpha
             [a, b],
             lambda g: [g, g if alpha == 1 else g * alpha],
         )
-    if isinstance(a, Pair):
-        _refuse_growth(a, b)
-        return tape.record(torch.add(a.value, b, alpha=alpha), a.difference, [a], lambda g: [g])
-    assert isinstance(b, Pair)
-    _refuse_growth(b, a)
-    return tape.record(torch.add(a, b.value, alpha=alpha), b.difference * alpha, [b], lambda g: [g * alpha])
+    if isinstance(b, Pair):
+        a, b, alpha = multiply(tape, b, alpha), a, 1
+    assert isinstance(a, Pair)
+    assert not isinstance(b, Pair)
+    _refuse_growth(a, b)
+    return tape.record(torch.add(a.value, b, alpha=alpha), a.difference, [a], lambda g: [g])
 
 
 def _refuse_growth(pair: Pair, other: Pair | Tensor | float) -> None:
@@ -361,6 +361,7 @@ def multiply(tape: Tape, a: Pair | Tensor | float, b: Pair | Tensor | float) -> 
         )
     pair, factor = (a, b) if isinstance(a, Pair) else (b, a)
     assert isinstance(pair, Pair)
+    assert not isinstance(factor, Pair)
     _refuse_growth(pair, factor)
     if not isinstance(factor, Tensor) and factor == 1:
         return pair
@@ -398,7 +399,7 @@ def transpose(tape: Tape, x: Pair, first: int, second: int) -> Pair:
 def permute(tape: Tape, x: Pair, dims: Sequence[int]) -> Pair:
     """`Tensor.permute`."""
     inverse = sorted(range(len(dims)), key=lambda axis: dims[axis] % len(dims))
-    return linear_map(tape, x, lambda half: half.permute(dims), lambda g: g.permute(inverse))
+    return linear_map(tape, x, lambda half: half.permute(*dims), lambda g: g.permute(*inverse))
 
 
 def slice_(tape: Tape, x: Pair, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Pair:

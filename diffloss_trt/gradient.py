@@ -18,8 +18,8 @@ from diffloss_trt.contract import (
     TARGET,
     TIMESTEPS,
 )
-from diffloss_trt.difference import Pair, Tape, wide
-from diffloss_trt.objective import per_sample, power_of_two, terms_and_cotangents
+from diffloss_trt.difference import Pair, Tape
+from diffloss_trt.objective import per_sample, power_of_two, terms_and_cotangents, wide
 from diffloss_trt.traced import TracedProgram
 from diffloss_trt.unet import TappedUNet
 

@@ -50,7 +50,7 @@ class TracedProgram:
     @property
     def results(self) -> Tensors:
         """What the outputs look like: tensors without data, by name."""
-        nodes = self.module.graph.output_node().args[0]
+        nodes = self.module.graph.output_node().all_input_nodes
         return {name: node.meta["val"] for name, node in zip(self.outputs, nodes, strict=True)}
 
     def bind(self, weights: Mapping[str, Tensor]) -> Callable[..., tuple[Tensor, ...]]:

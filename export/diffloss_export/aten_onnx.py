@@ -79,8 +79,8 @@ class Emitter:
         wanted = _ONNX_DTYPES[dtype]
         if value.dtype == wanted:
             return value
-        shape = [int(side) for side in value.shape or ()]
-        return self.op("Cast", [value], torch.empty(shape, dtype=dtype, device="meta"), to=int(wanted))
+        result: ir.Value = self.op("Cast", [value], _looks(value, dtype), to=int(wanted))
+        return result
 
     def reshape(self, value: ir.Value, like: Tensor) -> ir.Value:
         """Return `value` in the shape of `like`; of reshapes in a row only the last is made."""
@@ -98,11 +98,17 @@ class Emitter:
         return self.constant(torch.tensor(argument, dtype=dtype))
 
 
-def _bf16(tensor: Tensor, name: str | None) -> ir.Tensor:
+def _bf16(tensor: Tensor, name: str | None) -> ir.TensorProtocol:
     import ml_dtypes
 
     bits = tensor.contiguous().view(torch.int16).numpy()
     return ir.Tensor(bits.view(ml_dtypes.bfloat16), name=name)
+
+
+def _looks(value: ir.Value, dtype: torch.dtype) -> Tensor:
+    """Return a tensor without data of `value`'s shape."""
+    assert value.shape is not None
+    return torch.empty(value.shape.numpy(), dtype=dtype, device="meta")
 
 
 Rule = Callable[..., Any]
@@ -157,18 +163,14 @@ _RULES |= {
 def _sum(kind: str) -> Rule:
     def rule(emit: Emitter, like: Tensor, a: Any, b: Any, *, alpha: float = 1) -> Any:
         if alpha != 1:
-            b = _elementwise("Mul")(emit, _shaped(b, like), b, alpha)
+            is_tensor = isinstance(b, ir.Value)
+            b = _elementwise("Mul")(emit, _looks(b, like.dtype), b, alpha) if is_tensor else b * alpha
         return _elementwise(kind)(emit, like, a, b)
 
     return rule
 
 
 _RULES |= {aten.add.Tensor: _sum("Add"), aten.sub.Tensor: _sum("Sub")}
-
-
-def _shaped(value: ir.Value, like: Tensor) -> Tensor:
-    """Return what looks like `value`'s shape and `like`'s dtype."""
-    return torch.empty([int(side) for side in value.shape or ()], dtype=like.dtype, device="meta")
 
 
 @_rule(aten.rsub.Scalar)

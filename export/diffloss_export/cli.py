@@ -6,7 +6,9 @@ import argparse
 import json
 import logging
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -208,13 +210,47 @@ def _stages() -> Iterator[Callable[[str], None]]:
     console = Console(stderr=True)
     started = time.monotonic()
     # What libraries warn about their own insides is not for the user of a command.
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _lasting_interrupt() as check_interrupt:
         warnings.simplefilter("ignore")
         if not console.is_terminal:
-            yield lambda stage: print(f"[{time.monotonic() - started:6.1f} s] {stage}", file=sys.stderr, flush=True)
+
+            def tell(stage: str) -> None:
+                check_interrupt()
+                print(f"[{time.monotonic() - started:6.1f} s] {stage}", file=sys.stderr, flush=True)
+
+            yield tell
             return
         with Progress(
             SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
         ) as progress:
             task = progress.add_task("starting", total=None)
-            yield lambda stage: progress.update(task, description=stage)
+
+            def show(stage: str) -> None:
+                check_interrupt()
+                progress.update(task, description=stage)
+
+            yield show
+
+
+@contextmanager
+def _lasting_interrupt() -> Iterator[Callable[[], None]]:
+    """Give a function that raises KeyboardInterrupt if Ctrl-C was pressed and the exception got lost.
+
+    Python drops an exception that is raised in a weak reference's callback or a finaliser, and between two graphs
+    torch spends its time in thousands of those.
+    """
+    pressed = threading.Event()
+
+    def press(*_: object) -> NoReturn:
+        pressed.set()
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, press)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -120,7 +120,8 @@ class Probe:
         target = (image / (3 * image.std(dim=(1, 2, 3), keepdim=True))).clamp(-1, 1)
         error = 2 * 10 ** (-torch.tensor(decibels, dtype=torch.float64) / 20)
         restored = target + error.view(-1, 1, 1, 1) * normal()
-        return cls(*(image.float().double() for image in (target, restored, normal())), timesteps)
+        target, restored, noise = (image.float().double() for image in (target, restored, normal()))
+        return cls(target, restored, noise, timesteps)
 
 
 @dataclass(frozen=True)

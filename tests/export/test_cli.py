@@ -138,7 +138,9 @@ def test_interrupted_export_leaves_no_bundle(
     assert not destination.exists()
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert rest.splitlines() == ["diffloss-export: interrupted, nothing was written"]
+        # Where it arrives in a weak reference's callback Python says so, and the next step ends the command.
+        assert rest.splitlines()[-1] == "diffloss-export: interrupted, nothing was written"
+        assert "exporting the semantic_gradient graph" not in rest
         assert list(tmp_path.iterdir()) == []
         return
     assert process.returncode == -signal.SIGKILL
