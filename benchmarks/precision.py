@@ -26,10 +26,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Generator, Tensor, nn
@@ -66,7 +68,6 @@ BEGIN, END = "<!-- precision:begin -->", "<!-- precision:end -->"
 
 STEPS = (0, 10, 100, 500, 999)
 SWEEP_DB = tuple(float(decibels) for decibels in range(15, 61, 5))
-SWEEP_CROPS = 3
 ERROR_DB = (20.0, 35.0, 50.0)
 
 Weights = tuple[float, float]  # of naturalness and of semantic
@@ -92,11 +93,11 @@ class Model:
 
 
 class Place(NamedTuple):
-    """Where an error was measured; `picture` is the number of the photograph's crop."""
+    """What an error was measured at."""
 
     unet: str
     error: str
-    picture: int
+    photograph: str
     decibels: float
     timestep: int
     weights: Weights
@@ -112,7 +113,7 @@ class Sample:
     noise: Tensor
 
 
-# The layouts of tests/unets.py, and one of the paper's own, ADM's for 256x256 images, with a sixteenth of its channels.
+# Two layouts of tests/unets.py, and that of the paper's UNet, ADM for 256x256 images, with few layers and channels.
 FOUR_LEVELS: dict[str, Any] = {
     "layers_per_block": 2,
     "block_out_channels": (16, 16, 32, 32),
@@ -170,9 +171,9 @@ def round_weights(unet: Any) -> Any:
     return unet.eval()
 
 
-def crops(side: int, count: int) -> Tensor:
-    """Return crops of photographs that the prior has not seen, float32 [count, 3, side, side] in [0, 1]."""
-    return RandomCrops(list(HELD_OUT), side, seed=0).batch(count)
+def photographs(side: int) -> dict[str, Tensor]:
+    """Return a crop of each photograph that the prior has not seen, float32 [1, 3, side, side] in [0, 1]."""
+    return {name: RandomCrops([name], side, seed=0).batch(1) for name in HELD_OUT}
 
 
 def at_distance(target: Tensor, error: Tensor, decibels: float) -> Tensor:
@@ -181,15 +182,16 @@ def at_distance(target: Tensor, error: Tensor, decibels: float) -> Tensor:
     return (target + error.double() * (wanted / error.double().square().mean().sqrt())).float()
 
 
-def sweep(model: Model, distances: Sequence[float], timesteps: Iterable[int], count: int) -> Iterator[Sample]:
+def sweep(model: Model, distances: Sequence[float], timesteps: Sequence[int], names: Iterable[str]) -> Iterator[Sample]:
     """Yield photographs with white noise, the same noise at every distance."""
     generator = Generator().manual_seed(1)
-    for picture, crop in enumerate(crops(model.side, count)):
-        target = crop[None] * 2 - 1
+    cut = photographs(model.side)
+    for name in names:
+        target = cut[name] * 2 - 1
         for timestep in timesteps:
             error, noise = torch.randn(2, *target.shape, generator=generator)
             for decibels in distances:
-                place = Place(model.name, WHITE, picture, decibels, timestep, BALANCED)
+                place = Place(model.name, WHITE, name, decibels, timestep, BALANCED)
                 yield Sample(place, at_distance(target, error, decibels), target, noise)
 
 
@@ -209,16 +211,14 @@ def restorations(
 ) -> Iterator[Sample]:
     """Yield degraded photographs, restored in part: the degradation's own error, scaled down (or up) to a distance."""
     generator = Generator().manual_seed(2)
-    pictures = crops(model.side, len(DEGRADATIONS))
-    for picture, (name, degrade) in enumerate(DEGRADATIONS.items()):
-        clean = pictures[picture : picture + 1]
+    for (kind, degrade), (name, clean) in zip(DEGRADATIONS.items(), photographs(model.side).items(), strict=True):
         target, degraded = clean * 2 - 1, degrade(clean, generator) * 2 - 1
         for timestep in timesteps:
             noise = torch.randn(target.shape, generator=generator)
             for decibels in distances:
                 restored = at_distance(target, degraded - target, decibels)
                 for pair in weights:
-                    yield Sample(Place(model.name, name, picture, decibels, timestep, pair), restored, target, noise)
+                    yield Sample(Place(model.name, kind, name, decibels, timestep, pair), restored, target, noise)
 
 
 # The arithmetics
@@ -292,8 +292,8 @@ def plain(model: Model, dtype: torch.dtype, *modes: Mode) -> Arithmetic:
 
     def compute(sample: Sample) -> Result:
         loss.naturalness_weight, loss.semantic_weight = sample.place.weights
-        restored, target, noise = (image.to(outside) for image in (sample.restored, sample.target, sample.noise))
-        restored.requires_grad_()
+        restored = sample.restored.to(outside, copy=True).requires_grad_()
+        target, noise = sample.target.to(outside), sample.noise.to(outside)
         with ExitStack() as stack:
             for mode in modes:
                 stack.enter_context(mode())
@@ -439,13 +439,13 @@ def measure_all(quick: bool) -> list[Row]:
         if quick:
             model = prior()
             samples = [
-                *sweep(model, ERROR_DB, STEPS[1::3], 1),
+                *sweep(model, ERROR_DB, STEPS[1::3], ["chelsea"]),
                 *restorations(model, ERROR_DB[1:2], STEPS[2:3], WEIGHTS[:1]),
             ]
             return measure(model, samples, tuple(ARITHMETICS), progress)
         small = (random_model("random, four levels", FOUR_LEVELS, 32), random_model("random, ADM", ADM_SMALL, 32))
         for model in (prior(), *small):
-            rows += measure(model, [*sweep(model, SWEEP_DB, STEPS, SWEEP_CROPS)], tuple(ARITHMETICS), progress)
+            rows += measure(model, [*sweep(model, SWEEP_DB, STEPS, HELD_OUT)], tuple(ARITHMETICS), progress)
         for model, steps in ((prior(), STEPS), (random_model("random, ADM at 256x256", ADM_256, 256), STEPS[::2])):
             rows += measure(model, [*restorations(model, ERROR_DB, steps, WEIGHTS)], SHORT, progress)
     return rows
@@ -566,9 +566,45 @@ def brief(number: float) -> str:
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
+# Colours of Okabe and Ito, which the colour-blind tell apart. Ours are drawn thick and with marks, the plain ones thin
+# and dashed, so that the two also part in grey.
+COLOURS = {"fp32": "#0072B2", "TF32": "#8F4A77", "fp16": "#D55E00", "bf16": "#007A58"}
+# Where the names of the lines stand, in the middle of PSNR and of the error's decades; both bf16 lines fall together.
+LABELS = {
+    "plain fp32": "fp32",
+    "plain TF32": "TF32",
+    "plain fp16": "fp16",
+    "plain bf16": "bf16, autocast",
+    "difference fp32": "fp32",
+    "difference fp16": "fp16",
+    "difference bf16": "bf16",
+}
+
+
 def draw(rows: Sequence[Row]) -> Figure:
     """Draw the gradient's error over PSNR: the median of each arithmetic as a line, up to the worst as a band."""
-    return Figure()
+    with matplotlib.rc_context({"font.size": 7.5, "axes.linewidth": 0.6, "font.family": "DejaVu Sans"}):
+        figure = Figure(figsize=(3.45, 3.3), layout="constrained")
+        axes = figure.subplots()
+        for name in ARITHMETICS:
+            draw_line(axes, name, [row for row in rows if row.place.error == WHITE])
+        axes.set(yscale="log", xlabel="PSNR of the restored image (dB)", ylabel="relative error of the gradient")
+        axes.grid(linewidth=0.3, color="0.85")
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_line(axes: Axes, name: str, rows: Sequence[Row]) -> None:
+    distances = sorted({row.place.decibels for row in rows})
+    errors = [selected(rows, name, decibels=decibels)[:, 2] for decibels in distances]
+    median, worst = [np.median(e) for e in errors], [e.max() for e in errors]
+    colour = COLOURS[name.removesuffix(" autocast").split()[-1]]
+    ours = name in OURS
+    style: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 3} if ours else {"linewidth": 0.9}
+    linestyle = "-" if ours else (":" if name == "bf16 autocast" else "--")
+    axes.plot(distances, median, color=colour, linestyle=linestyle, **style)
+    axes.fill_between(distances, median, worst, color=colour, alpha=0.25 if ours else 0.08, linewidth=0)
+    axes.annotate(LABELS.get(name, ""), (distances[-1], median[-1]), (4, 0), textcoords="offset points", color=colour)
 
 
 def write_page(text: str) -> None:

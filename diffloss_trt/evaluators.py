@@ -179,16 +179,16 @@ class FusedEvaluator(_BundleEvaluator):
 
     def __init__(self, bundle: Bundle, backend: str, device: torch.device) -> None:
         super().__init__(bundle, backend, device)
-        self._sessions: dict[str, Session] = {}
+        self.sessions: dict[str, Session] = {}
 
     def session(self, name: str) -> Session:
         """Return the session of a gradient graph; it is opened the first time that it is asked for.
 
         Raises as `open_session` does.
         """
-        if name not in self._sessions:
-            self._sessions[name] = self._trace(name) if self.backend == "torch" else self._open(name)
-        return self._sessions[name]
+        if name not in self.sessions:
+            self.sessions[name] = self._trace(name) if self.backend == "torch" else self._open(name)
+        return self.sessions[name]
 
     def _trace(self, name: str) -> Session:
         tapped = self._tapped()

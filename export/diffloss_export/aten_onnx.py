@@ -173,7 +173,7 @@ def _sum(kind: str) -> Rule:
 _RULES |= {aten.add.Tensor: _sum("Add"), aten.sub.Tensor: _sum("Sub")}
 
 
-@_rule(aten.rsub.Scalar)
+@_rule(aten.rsub.Scalar, aten.rsub.Tensor)
 def _rsub(emit: Emitter, like: Tensor, a: Any, b: Any) -> Any:
     return emit.op("Sub", [emit.operand(b, like.dtype), emit.operand(a, like.dtype)], like)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffloss_engine.errors import BackendError
 from diffloss_trt import NoiseSchedule
-from diffloss_trt.autograd import Cotangents, Recompute, input_gradient
+from diffloss_trt.autograd import Cotangents, Fused, Recompute, input_gradient
 from diffloss_trt.unet import Features, TappedUNet
 from unets import make_unet
 
@@ -176,3 +176,49 @@ def test_input_changed_in_place_is_noticed(recomputed: Callable[[], tuple[Tensor
         leaf.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.sum().backward()
+
+
+@pytest.fixture
+def fused() -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leaf, its gradient for an upstream of one, and `total` [3] that carries it."""
+    leaf = torch.randn(3, 3, 4, 4, requires_grad=True)
+    gradient = 1e-9 * torch.randn(3, 3, 4, 4)
+    total: Tensor = Fused.apply(leaf, torch.ones(3), gradient)  # type: ignore[no-untyped-call]
+    return leaf, gradient, total
+
+
+@pytest.mark.parametrize(
+    "reduce",
+    [
+        lambda total: total.sum(),
+        lambda total: total.mean() * 3,
+        lambda total: (total * 65536).sum() / 65536,
+        lambda total: total.expand(2, 3).mean(0).sum(),
+        lambda total: total[0] + total[1] + total.flip(0)[0],
+        lambda total: (total / 4).square().sum() * 8,
+    ],
+)
+def test_any_upstream_gradient_is_exact(
+    fused: tuple[Tensor, Tensor, Tensor], reduce: Callable[[Tensor], Tensor]
+) -> None:
+    leaf, gradient, total = fused
+    (found,) = torch.autograd.grad(reduce(total), leaf)
+    torch.testing.assert_close(found, gradient, rtol=2e-7, atol=0)
+
+
+def test_upstream_gradient_of_each_sample(fused: tuple[Tensor, Tensor, Tensor]) -> None:
+    leaf, gradient, total = fused
+    upstream = torch.tensor([65536.0, 0.0, -0.5])
+    (found,) = torch.autograd.grad(total, leaf, upstream, retain_graph=True)
+    assert torch.equal(found, gradient * upstream.view(3, 1, 1, 1))
+    (again,) = torch.autograd.grad(total, leaf, upstream)
+    assert torch.equal(found, again)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        total.sum().backward()
+
+
+def test_fused_gradient_penalty_is_refused(fused: tuple[Tensor, Tensor, Tensor]) -> None:
+    leaf, _, total = fused
+    (gradient,) = torch.autograd.grad(total.sum(), leaf, create_graph=True)
+    with pytest.raises(BackendError, match="cannot be differentiated again"):
+        gradient.square().sum().backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from diffloss_engine.bundle import Bundle
-from diffloss_export.tolerances import PLAIN
+from diffloss_engine.errors import BackendError, BackendUnavailableError
+from diffloss_export.tolerances import DIFFERENCE, PLAIN
 from diffloss_trt import DiffLoss, NoiseSchedule
-from diffloss_trt.evaluators import RecomputeEvaluator
+from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
+from diffloss_trt.evaluators import FusedEvaluator, RecomputeEvaluator
+from exports import edit_json
 from unets import make_unet
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -95,17 +100,25 @@ def value_and_gradient(loss: DiffLoss, batch: Batch, dtype: torch.dtype) -> tupl
     return total.detach(), gradient
 
 
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
 @pytest.mark.parametrize("weights", [(1e-3, 1e-6), (1.0, 0.0), (0.0, 1.0)])
 def test_bundle_is_the_reference(
-    exported: Exported, backend: str, weights: tuple[float, float], make_batch: Callable[..., Batch]
+    exported: Exported,
+    backend: str,
+    weights: tuple[float, float],
+    backward: str,
+    make_batch: Callable[..., Batch],
 ) -> None:
     batch = make_batch(count=5)
-    loss, reference = losses(exported, backend, naturalness_weight=weights[0], semantic_weight=weights[1])
+    tolerance = (DIFFERENCE if backward == "fused" else PLAIN)["fp32"]
+    loss, reference = losses(
+        exported, backend, naturalness_weight=weights[0], semantic_weight=weights[1], backward=backward
+    )
     value, gradient = value_and_gradient(loss, batch, torch.float32)
     expected, expected_gradient = value_and_gradient(reference, batch, torch.float64)
-    assert relative(value, expected) < PLAIN["fp32"].term
-    assert relative(gradient, expected_gradient) < PLAIN["fp32"].gradient
+    assert relative(value, expected) < tolerance.term
+    assert relative(gradient, expected_gradient) < tolerance.gradient
     # Negative control: of 177,000 weights one is changed.
     _, unet, schedule = exported
     unet = copy.deepcopy(unet)
@@ -122,7 +135,123 @@ def test_bundle_is_the_reference(
         batch,
         torch.float64,
     )
-    assert relative(value, altered) > PLAIN["fp32"].term
+    assert relative(value, altered) > tolerance.term
+
+
+def test_fused_gradient_needs_no_unet_in_pytorch(exported: Exported, batch: Batch) -> None:
+    loss, reference = losses(exported, "onnxruntime")
+    assert isinstance(loss.evaluator, FusedEvaluator)
+    assert not [value for value in vars(loss.evaluator).values() if isinstance(value, torch.nn.Module)]
+    calls = count_calls(reference.evaluator.unet.unet)  # type: ignore[attr-defined]
+    value_and_gradient(loss, batch, torch.float32)
+    assert not calls
+
+
+def test_values_without_a_tape_are_the_same(exported: Exported, batch: Batch) -> None:
+    loss, _ = losses(exported, "onnxruntime")
+    value, _ = value_and_gradient(loss, batch, torch.float32)
+    restored, target, noise = (tensor.float() for tensor in batch[:3])
+    with torch.no_grad():
+        silent = loss.terms(restored.requires_grad_(), target, noise=noise, timesteps=batch[3])
+    assert torch.equal(silent.total, value)
+    assert not silent.total.requires_grad
+
+
+def test_each_graph_is_opened_when_a_weight_needs_it(exported: Exported, batch: Batch) -> None:
+    loss, _ = losses(exported, "onnxruntime", naturalness_weight=0.0, semantic_weight=1.0)
+    assert isinstance(loss.evaluator, FusedEvaluator)
+    assert set(loss.evaluator.sessions) == {SEMANTIC_GRADIENT}
+    value_and_gradient(loss, batch, torch.float32)
+    assert set(loss.evaluator.sessions) == {SEMANTIC_GRADIENT}
+    loss.naturalness_weight = 1.0
+    value_and_gradient(loss, batch, torch.float32)
+    assert set(loss.evaluator.sessions) == {SEMANTIC_GRADIENT, GRADIENT}
+
+
+def test_double_backward_is_refused(exported: Exported, batch: Batch) -> None:
+    loss, _ = losses(exported, "onnxruntime")
+    restored, target, noise = (tensor.float() for tensor in batch[:3])
+    restored.requires_grad_()
+    total = loss(restored, target, noise=noise, timesteps=batch[3]).sum()
+    (gradient,) = torch.autograd.grad(total, restored, create_graph=True)
+    with pytest.raises(BackendError, match="cannot be differentiated again"):
+        gradient.square().sum().backward()
+
+
+def test_several_losses_are_alive_at_once(exported: Exported, make_batch: Callable[..., Batch]) -> None:
+    """Two calls before either backward, from one module: each keeps its own gradient."""
+    loss, _ = losses(exported, "onnxruntime")
+    first, second = make_batch(count=5)[:3], make_batch(count=5)[:3]
+    batches = [
+        tuple(tensor[part].float() for tensor in images) for images, part in ((first, slice(3)), (second, slice(2, 5)))
+    ]
+    timesteps = torch.tensor([10, 400, 900])
+    leaves = [images[0].clone().requires_grad_() for images in batches]
+    totals = [
+        loss(leaf, images[1], noise=images[2], timesteps=timesteps).sum()
+        for leaf, images in zip(leaves, batches, strict=True)
+    ]
+    (totals[0] + 3 * totals[1]).backward()
+    for leaf, images, factor in zip(leaves, batches, (1, 3), strict=True):
+        alone = images[0].clone().requires_grad_()
+        loss(alone, images[1], noise=images[2], timesteps=timesteps).sum().backward()
+        assert leaf.grad is not None
+        assert alone.grad is not None
+        torch.testing.assert_close(leaf.grad, factor * alone.grad, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_gradient_has_the_dtype_of_the_image(exported: Exported, batch: Batch, dtype: torch.dtype) -> None:
+    loss, _ = losses(exported, "onnxruntime", naturalness_weight=1e3, semantic_weight=1e3)
+    _, gradient = value_and_gradient(loss, batch, dtype)
+    assert gradient.dtype == dtype
+    assert gradient.flatten(1).any(1).all()
+
+
+def test_checkpointed_step_is_the_same(exported: Exported, batch: Batch) -> None:
+    loss, _ = losses(exported, "onnxruntime")
+    restored, target, noise = (tensor.float() for tensor in batch[:3])
+
+    def step(image: Tensor) -> Tensor:
+        return loss(torch.tanh(image), target, noise=noise, timesteps=batch[3]).sum()
+
+    gradients = []
+    for run in (step, lambda image: checkpoint(step, image, use_reentrant=False)):
+        leaf = restored.clone().requires_grad_()
+        run(leaf).backward()
+        gradients.append(leaf.grad)
+    assert gradients[0] is not None
+    assert gradients[1] is not None
+    assert torch.equal(gradients[0], gradients[1])
+
+
+def without_gradient(folder: Path, copy_to: Path) -> Path:
+    """Return a copy of a bundle as an export with --no-gradient writes it."""
+    shutil.copytree(folder, copy_to)
+    for name in (GRADIENT, SEMANTIC_GRADIENT):
+        (copy_to / f"{name}.onnx").unlink()
+
+    def forget(manifest: dict[str, dict[str, object]]) -> None:
+        for name in (GRADIENT, SEMANTIC_GRADIENT):
+            del manifest["graphs"][name], manifest["files"][f"{name}.onnx"]
+
+    edit_json(copy_to / "manifest.json", forget)
+    return copy_to
+
+
+def test_bundle_without_a_gradient_graph(
+    exported: Exported, batch: Batch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = without_gradient(exported[0], tmp_path / "bundle")
+    with pytest.raises(BackendUnavailableError, match=r"has no gradient graph: 'diffloss-export onnx' writes one"):
+        DiffLoss.load(folder, backward="fused", device="cpu")
+    loss = DiffLoss.load(folder, "onnxruntime", "cpu", reduction="none", value_range=(-1, 1))
+    assert isinstance(loss.evaluator, RecomputeEvaluator)
+    assert "backward recompute, because" in caplog.text
+    value_and_gradient(loss, batch, torch.float32)
+    caplog.clear()
+    DiffLoss.load(folder, "onnxruntime", "cpu", backward="recompute")
+    assert not caplog.text
 
 
 def test_every_batch_size_from_one_to_nine(exported: Exported, make_batch: Callable[..., Batch]) -> None:
@@ -164,9 +293,14 @@ def test_copies_share_sessions_and_pickles_open_their_own(exported: Exported, ba
         assert torch.equal(other_gradient, gradient)
 
 
-def test_autocast_around_the_whole_step_changes_nothing(exported: Exported, batch: Batch) -> None:
+@pytest.mark.parametrize(
+    ("backend", "backward"), [("onnxruntime", "fused"), ("torch", "fused"), ("onnxruntime", "recompute")]
+)
+def test_autocast_around_the_whole_step_changes_nothing(
+    exported: Exported, batch: Batch, backend: str, backward: str
+) -> None:
     """backward() too: autocast would otherwise reach into the matrix products of PyTorch's backward."""
-    loss, _ = losses(exported, "onnxruntime")
+    loss, _ = losses(exported, backend, backward=backward)
     value, gradient = value_and_gradient(loss, batch, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         under, gradient_under = value_and_gradient(loss, batch, torch.float32)
@@ -193,7 +327,7 @@ def test_bundle_takes_one_resolution(exported: Exported) -> None:
 def test_evaluators_describe_themselves(exported: Exported) -> None:
     for backend in ("onnxruntime", "torch"):
         loss, reference = losses(exported, backend)
-        assert f"backend={backend}, device=cpu" in repr(loss)
+        assert f"backend={backend}, backward=fused, device=cpu" in repr(loss)
         assert loss.evaluator.schedule.prediction_type == reference.evaluator.schedule.prediction_type == "v_prediction"
         assert not list(loss.parameters())
         assert not loss.state_dict()
