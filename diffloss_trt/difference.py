@@ -9,7 +9,7 @@ one power of two `s` for each sample that keeps `d` at order one. No rule here s
 - the others have a closed form of (f(v + s d) - f(v)) / s, computed in float32 at least.
 
 Going back, each rule gives the ordinary input gradient of f at `v + s d`: the gradient of the restored branch alone.
-Activations between linear operations have the network's own precision; group norm, silu and softmax work, and return,
+Convolutions and matrix products have the network's own precision; sums, group norm, silu and softmax work, and return,
 in float32 at least.
 """
 
@@ -28,6 +28,9 @@ from diffloss_engine.errors import ModelError
 from diffloss_trt.objective import per_sample, wide
 
 aten = torch.ops.aten
+
+# Of convolutions with as few input channels the input is an image.
+_IMAGE_CHANNELS = 4
 
 # What an operation's input gradient is, from the gradient of its output: one tensor for each of its pairs.
 Pullback = Callable[[Tensor], "Sequence[Tensor]"]
@@ -114,8 +117,14 @@ def conv2d(
     def back(g: Tensor) -> Sequence[Tensor]:
         return [conv2d_input_gradient(tape.narrow(g), weight, (height, width), stride, padding, groups)]
 
+    value, kernel = tape.narrow(x.value), weight
+    if weight.shape[1] <= _IMAGE_CHANNELS and groups == 1 and x.value.dtype != tape.dtype:
+        # A noisy image: at small timesteps the noise, which is what the UNet looks at, is as small as half precision's
+        # rounding. So the image comes in two parts, which together have twice the digits.
+        value = torch.cat([value, tape.narrow(x.value - value)], 1)
+        kernel = torch.cat([weight, weight], 1)
     return tape.record(
-        F.conv2d(tape.narrow(x.value), weight, bias, stride, padding, groups=groups),
+        F.conv2d(value, kernel, bias, stride, padding, groups=groups),
         F.conv2d(tape.narrow(x.difference), weight, None, stride, padding, groups=groups),
         [x],
         back,
@@ -323,9 +332,10 @@ def add(tape: Tape, a: Pair | Tensor | float, b: Pair | Tensor | float, *, alpha
     if isinstance(a, Pair) and isinstance(b, Pair):
         _refuse_growth(a, b.value)
         _refuse_growth(b, a.value)
+        # Residual connections add up a score of results: in half precision each would round the sum anew.
         return tape.record(
-            torch.add(a.value, b.value, alpha=alpha),
-            torch.add(a.difference, b.difference, alpha=alpha),
+            torch.add(wide(a.value), wide(b.value), alpha=alpha),
+            torch.add(wide(a.difference), wide(b.difference), alpha=alpha),
             [a, b],
             lambda g: [g, g if alpha == 1 else g * alpha],
         )

@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -20,13 +19,18 @@ from torch.fx.node import map_aggregate
 from diffloss_engine.errors import ModelError
 from diffloss_engine.tensors import DTYPES
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from diffloss_trt.traced import TracedProgram
+
 # The first opset in which convolutions take bfloat16.
 OPSET = 22
 _IR_VERSION = 10
 
 aten = torch.ops.aten
 
-_ONNX_DTYPES = {entry.torch: ir.DataType(entry.onnx) for entry in DTYPES.values()}
+_ONNX_DTYPES = {entry.torch: entry.onnx for entry in DTYPES.values()}
 
 
 class Emitter:
@@ -43,12 +47,18 @@ class Emitter:
 
     def value(self, name: str, tensor: Tensor) -> ir.Value:
         """Return a value that looks like `tensor`."""
-        return ir.Value(name=name, type=ir.TensorType(_ONNX_DTYPES[tensor.dtype]), shape=ir.Shape(list(tensor.shape)))
+        import onnx_ir as ir
+
+        return ir.Value(
+            name=name, type=ir.TensorType(ir.DataType(_ONNX_DTYPES[tensor.dtype])), shape=ir.Shape(list(tensor.shape))
+        )
 
     def op(
         self, kind: str, inputs: Sequence[ir.Value | None], like: Tensor | Sequence[Tensor], **attributes: Any
     ) -> Any:
         """Append a node; return its output, or its outputs if `like` has several."""
+        import onnx_ir as ir
+
         likes = [like] if isinstance(like, Tensor) else like
         outputs = []
         for tensor in likes:
@@ -59,6 +69,8 @@ class Emitter:
 
     def constant(self, tensor: Tensor, name: str | None = None) -> ir.Value:
         """Return an initializer with the values of `tensor`; equal small ones are made once."""
+        import onnx_ir as ir
+
         key = (str(tensor.dtype), (tuple(tensor.shape), tuple(tensor.flatten().tolist())) if name is None else name)
         if key not in self._numbers:
             value = self.value(name or f"constant_{len(self._numbers)}", tensor)
@@ -79,7 +91,7 @@ class Emitter:
         wanted = _ONNX_DTYPES[dtype]
         if value.dtype == wanted:
             return value
-        result: ir.Value = self.op("Cast", [value], _looks(value, dtype), to=int(wanted))
+        result: ir.Value = self.op("Cast", [value], _looks(value, dtype), to=wanted)
         return result
 
     def reshape(self, value: ir.Value, like: Tensor) -> ir.Value:
@@ -93,13 +105,14 @@ class Emitter:
 
     def operand(self, argument: Any, dtype: torch.dtype) -> ir.Value:
         """Return a tensor or a number as an operand of `dtype`."""
-        if isinstance(argument, ir.Value):
-            return self.cast(argument, dtype)
-        return self.constant(torch.tensor(argument, dtype=dtype))
+        if isinstance(argument, int | float):
+            return self.constant(torch.tensor(argument, dtype=dtype))
+        return self.cast(argument, dtype)
 
 
 def _bf16(tensor: Tensor, name: str | None) -> ir.TensorProtocol:
     import ml_dtypes
+    import onnx_ir as ir
 
     bits = tensor.contiguous().view(torch.int16).numpy()
     return ir.Tensor(bits.view(ml_dtypes.bfloat16), name=name)
@@ -163,8 +176,8 @@ _RULES |= {
 def _sum(kind: str) -> Rule:
     def rule(emit: Emitter, like: Tensor, a: Any, b: Any, *, alpha: float = 1) -> Any:
         if alpha != 1:
-            is_tensor = isinstance(b, ir.Value)
-            b = _elementwise("Mul")(emit, _looks(b, like.dtype), b, alpha) if is_tensor else b * alpha
+            is_number = isinstance(b, int | float)
+            b = b * alpha if is_number else _elementwise("Mul")(emit, _looks(b, like.dtype), b, alpha)
         return _elementwise(kind)(emit, like, a, b)
 
     return rule
@@ -484,11 +497,13 @@ def _group_norm(
     return [emit.cast(emit.reshape(total, shaped(*out.shape)), out.dtype)]
 
 
-def to_onnx(program: Any, weights: Mapping[str, ir.Value]) -> ir.Model:
+def to_onnx(program: TracedProgram, weights: Mapping[str, ir.Value]) -> ir.Model:
     """Return a traced program as an ONNX model; `weights` are its weights' initializers by name.
 
     Raises ModelError, naming it, for an operation that has no translation.
     """
+    import onnx_ir as ir
+
     emit = Emitter()
     found: dict[Node, Any] = {}
     graph = program.module.graph

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from diffloss_engine.bundle import Graph, file_sha256
 from diffloss_engine.tensors import DTYPES, TensorSpec
+from diffloss_export.aten_onnx import to_onnx
 from diffloss_trt.traced import TracedProgram
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A safetensors file of a bundle: where in it each of the UNet's tensors lies."""
+    """A safetensors file of a bundle: what each of the UNet's tensors looks like, and the bytes where it lies."""
 
     folder: Path
     relative: str
@@ -27,14 +28,13 @@ class WeightFile:
     def read(cls, folder: Path, relative: str) -> WeightFile:
         """Index `folder / relative`."""
         from safetensors import safe_open
-        from safetensors.torch import load_file
 
         path = folder / relative
         with path.open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
         with safe_open(path, "pt") as file:
             offsets = file.offset_keys()
-        tensors = load_file(path)
+            tensors = {key: file.get_tensor(key).to("meta") for key in offsets}
         spans, place = {}, start
         for key in offsets:  # in the order of the file, which has no gaps
             spans[key] = (place, tensors[key].nbytes)
@@ -64,8 +64,6 @@ def write_graph(program: TracedProgram, weights: WeightFile) -> Graph:
     """
     import onnx_ir as ir
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
-
-    from diffloss_export.aten_onnx import to_onnx
 
     model = to_onnx(program, {key: weights.initializer(key) for key in program.weights})
     CommonSubexpressionEliminationPass()(model)

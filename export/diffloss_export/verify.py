@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,7 +19,7 @@ from diffloss_engine.session import Session, open_session
 from diffloss_engine.tensors import TensorSpec
 from diffloss_engine.torch_session import TorchSession
 from diffloss_export.programs import Program, feature_programs
-from diffloss_export.tolerances import DIFFERENCE, FEATURE, PLAIN, PLAIN_DB, WHOLE_SCHEDULE, Tolerance
+from diffloss_export.tolerances import DIFFERENCE, FEATURE, PLAIN, PLAIN_DB, Tolerance
 from diffloss_export.widened import widened_specs, write_widened
 from diffloss_trt import DiffLoss
 from diffloss_trt.contract import (
@@ -42,8 +42,12 @@ from diffloss_trt.unet import TappedUNet, reload_unet
 
 # Where the loss is compared: timesteps as fractions of the last one, and the restored image's PSNR in dB.
 _PLACES = ((0.0, 35.0), (0.01, 20.0), (0.1, 50.0), (0.5, 20.0), (1.0, 35.0))
-# Balanced, so that an error in either term shows in the gradient.
-_WEIGHTS = (1.0, 1.0)
+# Of a network whose parameters times pixels are more than this, a step in float64 takes minutes.
+_LARGE = 1e12
+_FEW_PLACES = ((0.01, 20.0), (0.5, 50.0))
+# The weights of naturalness and semantic to compare each gradient graph with: balanced, so that an error in either
+# term shows in the gradient.
+_CHECKS = {GRADIENT: (1.0, 1.0), SEMANTIC_GRADIENT: (0.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,10 @@ class Probe:
         target, restored, noise = (image.float().double() for image in (target, restored, normal()))
         return cls(target, restored, noise, timesteps)
 
+    def part(self, rows: Sequence[int]) -> Probe:
+        """Return some of the samples."""
+        return Probe(self.target[rows], self.restored[rows], self.noise[rows], self.timesteps[rows])
+
 
 @dataclass(frozen=True)
 class _Expected:
@@ -131,6 +139,10 @@ class _Expected:
     naturalness: Tensor
     semantic: Tensor
     gradient: Tensor
+
+    def part(self, rows: Sequence[int]) -> _Expected:
+        """Return some of the samples."""
+        return _Expected(self.naturalness[rows], self.semantic[rows], self.gradient[rows])
 
 
 def verify_bundle(
@@ -149,56 +161,85 @@ def verify_bundle(
     device = torch.device(device)
     on_stage("checking hashes")
     bundle.verify_hashes()
-    schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
-    reference = TappedUNet(reload_unet(bundle, torch.float64, torch.device("cpu")), schedule)
-    loss = DiffLoss.load(
-        bundle.path, backend=backend, device=device, backward="recompute", value_range=(-1.0, 1.0), reduction="none"
-    )
-    report = Report(backend=loss.evaluator.backend)
-    whole = _probe(reference, bundle, [(place, PLAIN_DB) for place in WHOLE_SCHEDULE])
-    noisy = schedule.add_noise(whole.restored, whole.noise, whole.timesteps)
+    widens = bundle.precision == "bf16" and device.type == "cpu"
+    report = Report(backend=("torch" if widens else "onnxruntime") if backend == "auto" else backend)
+    places = _PLACES if bundle.unet["parameters"] * math.prod(bundle.resolution) < _LARGE else _FEW_PLACES
     with TemporaryDirectory() as scratch:
-        replay = _Replay(report, bundle, device, Path(scratch))
-        for program in feature_programs(reference, noisy, whole.timesteps.double()):
+        replay = _Replay(report, bundle, device, Path(scratch), widens=widens)
+        # A large UNet in float64 and an engine's copies of its weights do not fit into memory together: the reference
+        # is gone when the gradient graphs, which need most, are opened.
+        reference = _Reference(bundle)
+        for program in reference.programs([(place, PLAIN_DB) for place, _ in places]):
             on_stage(f"replaying the {program.name} graph")
             with closing(replay.open(program.name)) as session:
                 _compare_graph(report, program, session, FEATURE[replay.precision])
-        reference.unet.enable_gradient_checkpointing()  # the tape of a large UNet in float64 fills a machine
-        eager = DiffLoss.from_unet(reference.unet, schedule, value_range=(-1.0, 1.0), reduction="none")
-        probe = _probe(reference, bundle, _PLACES)
-        for name, weights in ((GRADIENT, _WEIGHTS), (SEMANTIC_GRADIENT, (0.0, 1.0))):
+        del program
+        expected = {}
+        for name, weights in _CHECKS.items():
             on_stage(f"computing what the {name} graph should return")
-            expected = _expected(eager, probe, weights)
-            if name in bundle.graphs:
-                on_stage(f"replaying the {name} graph")
-                for check, session, precision in replay.open_gradient(name):
-                    with closing(session):
-                        found = _run_gradient(session, probe, weights)
-                    _compare_loss(report, check, found, expected, DIFFERENCE[precision], weights)
-            on_stage("comparing loss and gradient of PyTorch's backward")
-            # The torch backend computes in float32, whatever the precision of the stored weights.
-            plain = PLAIN["fp32" if report.backend == "torch" else bundle.precision]
-            rows = [index for index, (place, db) in enumerate(_PLACES) if db <= PLAIN_DB and place in plain.places]
-            part = Probe(*(tensor[rows] for tensor in (probe.target, probe.restored, probe.noise, probe.timesteps)))
-            found = _run_loss(loss, part, weights, torch.float32)
-            wanted = _Expected(
-                *(tensor[rows] for tensor in (expected.naturalness, expected.semantic, expected.gradient))
-            )
-            check = "recomputed loss" if weights[0] else "recomputed semantic loss alone"
-            _compare_loss(report, check, found, wanted, plain, weights)
+            expected[name] = reference.loss(places, weights)
+        probe = reference.probe(places)
+        del reference
+        for name in (name for name in _CHECKS if name in bundle.graphs):
+            on_stage(f"replaying the {name} graph")
+            for check, session, precision in replay.open_gradient(name):
+                with closing(session):
+                    found = _run_gradient(session, probe, _CHECKS[name])
+                _compare_loss(report, check, found, expected[name], DIFFERENCE[precision], _CHECKS[name])
+    on_stage("comparing loss and gradient of PyTorch's backward")
+    loss = DiffLoss.load(
+        bundle.path, report.backend, device, backward="recompute", value_range=(-1.0, 1.0), reduction="none"
+    )
+    # The torch backend computes in float32, whatever the precision of the stored weights.
+    plain = PLAIN["fp32" if report.backend == "torch" else bundle.precision]
+    rows = [index for index, (place, db) in enumerate(places) if db <= PLAIN_DB and place in plain.places]
+    for name, weights in _CHECKS.items():
+        found = _run_loss(loss, probe.part(rows), weights, torch.float32)
+        check = "recomputed loss" if weights[0] else "recomputed semantic loss alone"
+        _compare_loss(report, check, found, expected[name].part(rows), plain, weights)
     return report
+
+
+class _Reference:
+    """The bundle's UNet in float64, in eager PyTorch."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
+        self._resolution = bundle.resolution
+        self._tapped = TappedUNet(reload_unet(bundle, torch.float64, torch.device("cpu")), self._schedule)
+        # The tape of a large UNet in float64 fills a machine.
+        self._tapped.unet.enable_gradient_checkpointing()
+
+    def probe(self, places: Sequence[tuple[float, float]]) -> Probe:
+        """Return images for `places`: timesteps as fractions of the last one, and decibels."""
+        timesteps = torch.tensor([round(place * (len(self._schedule) - 1)) for place, _ in places])
+        decibels = [decibels for _, decibels in places]
+        return Probe.make(self._tapped.channels, self._resolution, timesteps, decibels)
+
+    def programs(self, places: Sequence[tuple[float, float]]) -> tuple[Program, Program]:
+        """Return encoder and noise head, and what they are fed."""
+        probe = self.probe(places)
+        noisy = self._schedule.add_noise(probe.restored, probe.noise, probe.timesteps)
+        return feature_programs(self._tapped, noisy, probe.timesteps.double())
+
+    def loss(self, places: Sequence[tuple[float, float]], weights: tuple[float, float]) -> _Expected:
+        """Return terms and gradient, of one sample at a time."""
+        loss = DiffLoss.from_unet(self._tapped.unet, self._schedule, value_range=(-1.0, 1.0), reduction="none")
+        probe = self.probe(places)
+        samples = [_run_loss(loss, probe.part([row]), weights, torch.float64) for row in range(len(places))]
+        return _Expected(*(torch.cat(parts) for parts in zip(*map(astuple, samples), strict=True)))
 
 
 class _Replay:
     """Opens a bundle's graphs on the backend that the loss runs on; where that runs no graphs, on ONNX Runtime."""
 
-    def __init__(self, report: Report, bundle: Bundle, device: torch.device, scratch: Path) -> None:
+    def __init__(self, report: Report, bundle: Bundle, device: torch.device, scratch: Path, *, widens: bool) -> None:
         self._report = report
         self._bundle = bundle
         self._device = device
         self._scratch = scratch
         self._backend = "onnxruntime" if report.backend == "torch" else report.backend
-        self._widens = bundle.precision == "bf16" and device.type == "cpu"
+        self._widens = widens
         self.precision = "fp32" if self._widens else bundle.precision
 
     def open(self, name: str) -> Session:
@@ -228,22 +269,22 @@ class _Replay:
             )
 
 
-def _probe(reference: TappedUNet, bundle: Bundle, places: Sequence[tuple[float, float]]) -> Probe:
-    timesteps = torch.tensor([round(place * (len(reference.schedule) - 1)) for place, _ in places])
-    return Probe.make(reference.channels, bundle.resolution, timesteps, [decibels for _, decibels in places])
-
-
 def _compare_graph(report: Report, program: Program, session: Session, tolerance: float) -> None:
     """Feed the graph what the reference feeds its own half, so that one graph's error is not counted in the next."""
-    with torch.no_grad():
-        expected = program.module(*program.inputs.values())
     _check_names(program.name, "takes", session.inputs, program.inputs)
     _check_names(program.name, "returns", session.outputs, program.outputs)
-    found = run_batched(
-        session, {spec.name: program.inputs[spec.name].to(session.device, spec.torch_dtype) for spec in session.inputs}
-    )
-    for name, value in zip(program.outputs, expected, strict=True):
-        report.rows.append(Row(program.name, name, _worst_relative(found[name], value), tolerance))
+    errors = dict.fromkeys(program.outputs, 0.0)
+    parts = (tensor.split(session.inputs[0].shape[0]) for tensor in program.inputs.values())
+    for part in zip(*parts, strict=True):
+        inputs = dict(zip(program.inputs, part, strict=True))
+        with torch.no_grad():
+            expected = program.module(*inputs.values())
+        found = run_batched(
+            session, {spec.name: inputs[spec.name].to(session.device, spec.torch_dtype) for spec in session.inputs}
+        )
+        for name, value in zip(program.outputs, expected, strict=True):
+            errors[name] = max(errors[name], _worst_relative(found[name], value))
+    report.rows += [Row(program.name, name, error, tolerance) for name, error in errors.items()]
 
 
 def _check_names(graph: str, verb: str, specs: Iterable[TensorSpec], expected: Iterable[str]) -> None:
@@ -294,19 +335,6 @@ def _run_gradient(session: Session, probe: Probe, weights: tuple[float, float]) 
     )
     results = {name: value.cpu().double() for name, value in results.items()}
     return _Expected(results.get(NATURALNESS, torch.zeros(())), results[SEMANTIC], results[GRADIENT])
-
-
-def _expected(eager: DiffLoss, probe: Probe, weights: tuple[float, float]) -> _Expected:
-    # One sample at a time: float64 takes twice the memory of training.
-    samples = [
-        _run_loss(eager, Probe(*(tensor[None] for tensor in sample)), weights, torch.float64)
-        for sample in zip(probe.target, probe.restored, probe.noise, probe.timesteps, strict=True)
-    ]
-    return _Expected(
-        torch.cat([sample.naturalness for sample in samples]),
-        torch.cat([sample.semantic for sample in samples]),
-        torch.cat([sample.gradient for sample in samples]),
-    )
 
 
 def _run_loss(loss: DiffLoss, probe: Probe, weights: tuple[float, float], dtype: torch.dtype) -> _Expected:

@@ -68,12 +68,14 @@ def to_session(
 ) -> tuple[onnx.ModelProto, Function]:
     """Return a function's ONNX model, and the function as ONNX Runtime computes it."""
     example = {name: torch.zeros(2, 4, 3, 6, dtype=dtype) for name in "xy"}
-    program = TracedProgram.trace("case", lambda inputs, _, __: (function(**inputs),), example, {}, {}, ("out",))
+    program = TracedProgram.trace(
+        "case", lambda inputs, _, __: (function(inputs["x"], inputs["y"]),), example, {}, {}, ("out",)
+    )
     path = folder / "case.onnx"
     ir.save(to_onnx(program, {}), path)
     onnx.checker.check_model(path, full_check=True)
     specs = [[TensorSpec.of(name, t) for name, t in group.items()] for group in (program.inputs, program.results)]
-    session = open_session(path, *specs, backend="onnxruntime", device=torch.device("cpu"))
+    session = open_session(path, specs[0], specs[1], backend="onnxruntime", device=torch.device("cpu"))
     return onnx.load(path), lambda x, y: session({"x": x, "y": y})["out"]
 
 

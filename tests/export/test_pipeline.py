@@ -102,9 +102,8 @@ def test_every_step_is_announced_in_order(exported: Callable[..., Exported]) -> 
         "replaying the encoder graph",
         "replaying the noise_head graph",
         "computing what the gradient graph should return",
-        "replaying the gradient graph",
-        "comparing loss and gradient of PyTorch's backward",
         "computing what the semantic_gradient graph should return",
+        "replaying the gradient graph",
         "replaying the semantic_gradient graph",
         "comparing loss and gradient of PyTorch's backward",
     )

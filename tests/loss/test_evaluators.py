@@ -213,7 +213,8 @@ def test_checkpointed_step_is_the_same(exported: Exported, batch: Batch) -> None
     restored, target, noise = (tensor.float() for tensor in batch[:3])
 
     def step(image: Tensor) -> Tensor:
-        return loss(torch.tanh(image), target, noise=noise, timesteps=batch[3]).sum()
+        total: Tensor = loss(torch.tanh(image), target, noise=noise, timesteps=batch[3])
+        return total.sum()
 
     gradients = []
     for run in (step, lambda image: checkpoint(step, image, use_reentrant=False)):
