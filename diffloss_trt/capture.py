@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from diffloss_engine.errors import ModelError
-from diffloss_trt.difference import RULES, Pair, Tape, aten, group_norm
+from diffloss_trt.difference import RULES, Pair, Tape, aten, group_norm, upsampled_conv2d, whole_factors
 from diffloss_trt.objective import wide
 from diffloss_trt.unet import TappedUNet
 
@@ -136,6 +136,7 @@ class CapturedUNet(Captured):
         tapped.schedule.tables(device, torch.promote_types(tapped.dtype, torch.float32))
         noisy = torch.zeros(batch_size, tapped.channels, *resolution, device=device)
         super().__init__("gradient", _Features(tapped, with_noise), (noisy, torch.zeros(batch_size, device=device)))
+        _join_upsamplings(self.graph)
         _join_norms(self.graph, self.dependent(self.inputs[:1]))
         self.graph.eliminate_dead_code()
 
@@ -198,6 +199,21 @@ def _join_norms(graph: Graph, dependent: set[Node]) -> None:
                 {"activate": activation is not None},
             )
         (activation or last).replace_all_uses_with(joined)
+
+
+def _join_upsamplings(graph: Graph) -> None:
+    """Make one operation of each upsampling and convolution behind it that keeps the enlarged size."""
+    for upsampling in graph.find_nodes(op="call_function", target=aten.upsample_nearest2d.vec):
+        x, *to = upsampling.args
+        for conv in [user for user in upsampling.users if user.target is aten.conv2d.default]:
+            defaults = (None, None, None, [1], [0], [1], 1)
+            _, weight, bias, stride, padding, dilation, groups = (*conv.args, *defaults[len(conv.args) :])
+            if {*stride, *dilation, groups} != {1} or conv.meta["val"].shape[2:] != upsampling.meta["val"].shape[2:]:
+                continue
+            factors = whole_factors(x.meta["val"].shape[2:], *to)
+            with graph.inserting_before(conv):
+                joined = graph.call_function(upsampled_conv2d, (x, factors, weight, bias, (padding[0], padding[-1])))
+            conv.replace_all_uses_with(joined)
 
 
 def _only_user(node: Node, target: Any, dependent: set[Node]) -> Node | None:

@@ -15,6 +15,7 @@ in float32 at least.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -142,8 +143,9 @@ def conv2d_input_gradient(
     stride: tuple[int, int],
     padding: tuple[int, int],
     groups: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Return the gradient of a convolution with respect to its input of `size`, as a plain convolution.
+    """Return the gradient of a convolution with respect to its input of `size`, as a plain convolution, plus `bias`.
 
     With stride 1 that is a convolution with the kernel flipped and its channel axes swapped. With stride s, the
     input's rows and columns fall into s*s classes, each of which meets its own part of the kernel: one convolution at
@@ -156,13 +158,15 @@ def conv2d_input_gradient(
         rows, columns = (k - 1 - p for k, p in zip(kernel, padding, strict=True))
         if min(rows, columns) < 0:  # padding beyond the kernel's reach: what was computed there has no input
             gradient = F.pad(gradient, [min(0, columns)] * 2 + [min(0, rows)] * 2)
-        return F.conv2d(gradient, weight, None, 1, (max(0, rows), max(0, columns)), 1, groups)
+        return F.conv2d(gradient, weight, bias, 1, (max(0, rows), max(0, columns)), 1, groups)
     s0, s1 = stride
     taps = [math.ceil(k / s) for k, s in zip(kernel, stride, strict=True)]
     weight = F.pad(weight, (0, taps[1] * s1 - kernel[1], 0, taps[0] * s0 - kernel[0]))
     weight = weight.reshape(groups * in_channels, out_channels // groups, taps[0], s0, taps[1], s1).flip(2, 4)
     weight = weight.permute(0, 3, 5, 1, 2, 4).reshape(-1, out_channels // groups, *taps)
-    phases = F.conv2d(gradient, weight, None, 1, [tap - 1 for tap in taps], 1, groups)
+    if bias is not None:
+        bias = bias.view(-1, 1).expand(-1, s0 * s1).reshape(-1)
+    phases = F.conv2d(gradient, weight, bias, 1, [tap - 1 for tap in taps], 1, groups)
     batch, _, rows, columns = phases.shape
     image = phases.reshape(batch, groups * in_channels, s0, s1, rows, columns).permute(0, 1, 4, 2, 5, 3)
     image = image.reshape(batch, groups * in_channels, rows * s0, columns * s1)
@@ -172,6 +176,36 @@ def conv2d_input_gradient(
     if any(missing):
         image = F.pad(image, (0, missing[1], 0, missing[0]))
     return image[:, :, padding[0] : lengths[0], padding[1] : lengths[1]]
+
+
+def upsampled_conv2d(
+    tape: Tape, x: Pair, factors: tuple[int, int], weight: Tensor, bias: Tensor | None, padding: tuple[int, int]
+) -> Pair:
+    """`F.conv2d` of `x` enlarged by nearest neighbour, with a result of the enlarged size.
+
+    In an enlarged image several taps of the kernel meet the same pixel. Summed beforehand they make the kernel of a
+    strided convolution from the result back to `x`, of which this is the input gradient. For twice the size and a 3x3
+    kernel 4 of 9 products are left, forward and back.
+    """
+    rows, columns = factors
+    size = x.value.shape[2] * rows, x.value.shape[3] * columns
+    kernel = wide(weight).transpose(0, 1).flip(2, 3)
+    kernel = tape.narrow(
+        functools.reduce(
+            torch.add,
+            [F.pad(kernel, (j, columns - 1 - j, i, rows - 1 - i)) for i in range(rows) for j in range(columns)],
+        )
+    )
+
+    def enlarged(half: Tensor, bias: Tensor | None) -> Tensor:
+        return conv2d_input_gradient(tape.narrow(half), kernel, size, factors, padding, 1, bias)
+
+    return tape.record(
+        enlarged(x.value, bias),
+        enlarged(x.difference, None),
+        [x],
+        lambda g: [F.conv2d(tape.narrow(g), kernel, None, factors, padding)],
+    )
 
 
 def linear(tape: Tape, x: Pair, weight: Tensor, bias: Tensor | None = None) -> Pair:
@@ -437,18 +471,25 @@ def upsample_nearest(
     tape: Tape, x: Pair, output_size: Sequence[int] | None, scale_factors: Sequence[float] | None
 ) -> Pair:
     """`F.interpolate` by nearest neighbour, enlarging by whole numbers."""
-    size = x.value.shape[2:]
-    if output_size is None:
-        output_size = [round(side * factor) for side, factor in zip(size, scale_factors or (), strict=True)]
-    factors = [out // side for out, side in zip(output_size, size, strict=True)]
-    if any(side * factor != out for side, factor, out in zip(size, factors, output_size, strict=True)):
-        raise ModelError(f"upsampling {list(size)} to {list(output_size)} has no difference form: not a whole multiple")
+    factors = whole_factors(x.value.shape[2:], output_size, scale_factors)
     return linear_map(
         tape,
         x,
         lambda half: F.interpolate(half, scale_factor=[float(factor) for factor in factors]),
         lambda g: F.avg_pool2d(g, factors) * math.prod(factors),
     )
+
+
+def whole_factors(
+    size: Sequence[int], output_size: Sequence[int] | None, scale_factors: Sequence[float] | None
+) -> tuple[int, int]:
+    """Return by how much an upsampling enlarges height and width. Raises ModelError unless by whole numbers."""
+    if output_size is None:
+        output_size = [round(side * factor) for side, factor in zip(size, scale_factors or (), strict=True)]
+    factors = [out // side for out, side in zip(output_size, size, strict=True)]
+    if any(side * factor != out for side, factor, out in zip(size, factors, output_size, strict=True)):
+        raise ModelError(f"upsampling {list(size)} to {list(output_size)} has no difference form: not a whole multiple")
+    return _two(factors)
 
 
 def average_pool(
@@ -485,11 +526,13 @@ def dropout(tape: Tape, x: Pair, p: float, train: bool) -> Pair:
     return x
 
 
-# A captured operation -> what it does to pairs. `capture.py` puts `group_norm` for the operations that it joins.
+# A captured operation -> what it does to pairs. `capture.py` puts `group_norm` and `upsampled_conv2d` for the
+# operations that it joins.
 RULES: dict[Any, Callable[..., Pair]] = {
     aten.conv2d.default: conv2d,
     aten.linear.default: linear,
     aten.scaled_dot_product_attention.default: attention,
+    upsampled_conv2d: upsampled_conv2d,
     group_norm: group_norm,
     aten.silu.default: silu,
     aten.add.Tensor: add,

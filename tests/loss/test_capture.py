@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 from torch.fx import Node
 
 from diffloss_engine.errors import ModelError
 from diffloss_trt import NoiseSchedule
 from diffloss_trt.capture import CapturedUNet
-from diffloss_trt.difference import RULES, Pair, Tape, aten, group_norm
+from diffloss_trt.difference import RULES, Pair, Tape, aten, group_norm, upsampled_conv2d
 from diffloss_trt.objective import per_sample, power_of_two
 from diffloss_trt.unet import TappedUNet
 from unets import KINDS, make_unet
@@ -179,6 +180,18 @@ def test_norms_are_joined_with_what_follows(kind: str) -> None:
             timed = kind == "adm" and name.endswith("norm2")
             expected[timed, timed, "attentions" not in name] += 1
     assert joined == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_upsamplings_are_joined_with_their_convolutions(kind: str) -> None:
+    tapped, captured = captured_kind(kind)
+    counts = Counter(node.target for node in operations(captured))
+    upsamplers = [module for module in tapped.unet.modules() if isinstance(module, Upsample2D)]
+    if kind == "adm":  # in the residual blocks: the skip connection's has no convolution
+        assert counts[upsampled_conv2d] == counts[aten.upsample_nearest2d.vec] == len(upsamplers) > 0
+    else:
+        assert counts[upsampled_conv2d] == len(upsamplers)
+        assert not counts[aten.upsample_nearest2d.vec]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -39,9 +39,20 @@ def plain_group_norm(
     return F.silu(y) if activate else y
 
 
+def plain_upsampled_conv2d(
+    x: Tensor, factors: tuple[int, int], weight: Tensor, bias: Tensor | None, padding: tuple[int, int]
+) -> Tensor:
+    enlarged = F.interpolate(x, scale_factor=[float(factor) for factor in factors])
+    return F.conv2d(enlarged, weight, bias, 1, padding)
+
+
+# Of the operations that are not PyTorch's own.
+PLAIN = {difference.group_norm: plain_group_norm, difference.upsampled_conv2d: plain_upsampled_conv2d}
+
 IMAGE, TOKENS, TIME = (4, 6, 5, 7), (4, 5, 6), (4, 6, 1, 1)
 HEADS = ((4, 2, 5, 8), (4, 2, 7, 8), (4, 2, 7, 3))
 CONV, ATTENTION, NORM = aten.conv2d.default, aten.scaled_dot_product_attention.default, difference.group_norm
+UP_CONV = difference.upsampled_conv2d
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ class Case:
 
     def plain(self, *operands: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-            result: Tensor = self.call(plain_group_norm if self.rule is NORM else self.rule, *operands)
+            result: Tensor = self.call(PLAIN.get(self.rule, self.rule), *operands)
         return result
 
 
@@ -69,6 +80,9 @@ def norm_case(groups: int, x: Sequence[int], *time: Sequence[int], activate: boo
 CASES: dict[str, Case] = {
     "conv": Case(CONV, lambda op, x, w, b: op(x, w, b, [1, 1], [1, 1]), fixed=[(4, 6, 3, 3), (4,)]),
     "conv_strided": Case(CONV, lambda op, x, w: op(x, w, None, [2], [1], [1], 2), fixed=[(4, 3, 3, 3)]),
+    "conv_upsampled": Case(UP_CONV, lambda op, x, w, b: op(x, (2, 2), w, b, (1, 1)), fixed=[(4, 6, 3, 3), (4,)]),
+    "conv_upsampled_oblong": Case(UP_CONV, lambda op, x, w: op(x, (3, 2), w, None, (1, 2)), fixed=[(4, 6, 3, 5)]),
+    "conv_upsampled_wide": Case(UP_CONV, lambda op, x, w: op(x, (2, 1), w, None, (2, 0)), fixed=[(4, 6, 5, 1)]),
     "linear": Case(aten.linear.default, lambda op, x, w, b: op(x, w, b), [TOKENS], [(3, 6), (3,)]),
     "linear_unbiased": Case(aten.linear.default, lambda op, x, w: op(x, w), [TOKENS], [(3, 6)]),
     "attention": Case(ATTENTION, lambda op, q, k, v: op(q, k, v), HEADS),
@@ -188,6 +202,9 @@ def mutant(rule: Callable[..., Pair], right: str, wrong: str) -> Callable[..., P
     [
         ("conv", "x.difference), weight, None", "x.difference), weight, bias", "difference"),
         ("conv_strided", "(height, width), stride", "(height + 2, width), stride", "gradient"),
+        ("conv_upsampled", "enlarged(x.difference, None)", "enlarged(x.difference, bias)", "difference"),
+        ("conv_upsampled", "flip(2, 3)", "flip(3)", "value"),
+        ("conv_upsampled_oblong", "j, columns - 1 - j", "0, columns - 1", "value"),
         ("linear", "x.difference), weight)", "x.difference), weight, bias)", "difference"),
         ("attention", "q_d @ k_u.mT", "q_d @ k_v.mT", "difference"),
         ("attention", "p_v) @ w_d", "p_u) @ w_d", "difference"),
@@ -260,7 +277,7 @@ def test_gradients_from_several_taps_and_paths_add_up() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_products_have_the_precision_of_the_tape(name: str) -> None:
     case = CASES[name]
-    products = {aten.conv2d.default, aten.linear.default, aten.scaled_dot_product_attention.default}
+    products = {CONV, UP_CONV, aten.linear.default, ATTENTION}
     values, ways = (draw(shapes, F32) for shapes in (case.pairs, case.pairs))
     pairs = [Pair(v, d) for v, d in zip(values, ways, strict=True)]
     output = case.call(partial(RULES[case.rule], Tape(SCALES.float(), F16)), *pairs, *draw(case.fixed, F16))
