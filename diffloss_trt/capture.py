@@ -206,8 +206,9 @@ def _join_upsamplings(graph: Graph) -> None:
     for upsampling in graph.find_nodes(op="call_function", target=aten.upsample_nearest2d.vec):
         x, *to = upsampling.args
         for conv in [user for user in upsampling.users if user.target is aten.conv2d.default]:
-            defaults = (None, None, None, [1], [0], [1], 1)
-            _, weight, bias, stride, padding, dilation, groups = (*conv.args, *defaults[len(conv.args) :])
+            args: tuple[Any, ...] = conv.args
+            defaults: tuple[Any, ...] = (None, None, None, [1], [0], [1], 1)
+            _, weight, bias, stride, padding, dilation, groups = (*args, *defaults[len(args) :])
             if {*stride, *dilation, groups} != {1} or conv.meta["val"].shape[2:] != upsampling.meta["val"].shape[2:]:
                 continue
             factors = whole_factors(x.meta["val"].shape[2:], *to)
