@@ -13,7 +13,7 @@ import torch
 from diffloss_engine.bundle import Bundle, BundleWriter, file_sha256
 from diffloss_engine.errors import InputError
 from diffloss_export.onnx_write import WeightFile, write_graph
-from diffloss_export.programs import feature_programs, trace
+from diffloss_export.programs import blank_feature_programs, trace
 from diffloss_export.verify import Report, verify_bundle
 from diffloss_trt.contract import GRADIENT, PRECISIONS, SCHEDULE, SEMANTIC_GRADIENT, UNET_CONFIG, UNET_WEIGHTS
 from diffloss_trt.gradient import trace_gradient
@@ -66,10 +66,9 @@ def export_bundle(
         tapped.to(PRECISIONS[precision])
         _check_finite(tapped, precision)
         _write_unet(tapped, writer)
-        noisy = torch.zeros(batch_size, tapped.channels, *resolution)
         programs = {
             program.name: functools.partial(trace, program)
-            for program in feature_programs(tapped, noisy, torch.zeros(batch_size))
+            for program in blank_feature_programs(tapped, batch_size, resolution)
         }
         for name in (GRADIENT, SEMANTIC_GRADIENT) if gradient else ():
             programs[name] = functools.partial(

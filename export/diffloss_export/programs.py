@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffloss_trt.capture import Captured
@@ -69,8 +70,20 @@ def feature_programs(tapped: TappedUNet, noisy: Tensor, timesteps: Tensor) -> tu
     noisy: [B, C, H, W]; timesteps: float [B]. Both are float32 in a bundle's graphs.
     """
     with torch.no_grad():
-        encoded = tapped.encode(noisy, timesteps)
-    between = encoder_outputs(encoded)
+        between = encoder_outputs(tapped.encode(noisy, timesteps))
+    return _programs(tapped, {NOISY: noisy, TIMESTEPS: timesteps}, between)
+
+
+def blank_feature_programs(tapped: TappedUNet, batch_size: int, resolution: tuple[int, int]) -> tuple[Program, Program]:
+    """Return the encoder and the noise head for images of one size, fed with zeros; nothing is computed."""
+    noisy, timesteps = torch.zeros(batch_size, tapped.channels, *resolution), torch.zeros(batch_size)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        looks = encoder_outputs(tapped.encode(noisy, timesteps))
+    between = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in looks.items()}
+    return _programs(tapped, {NOISY: noisy, TIMESTEPS: timesteps}, between)
+
+
+def _programs(tapped: TappedUNet, images: Tensors, between: Tensors) -> tuple[Program, Program]:
     count = len(between)
     predicts_noise = tapped.schedule.prediction_type == "epsilon"
 
@@ -83,8 +96,7 @@ def feature_programs(tapped: TappedUNet, noisy: Tensor, timesteps: Tensor) -> tu
         return (prediction if predicts_noise else tapped.schedule.noise_from(prediction, *tensors[count:]),)
 
     # Fills the schedule's cache of tables with tensors; what an exporter would fill it with is its own.
-    tapped.schedule.tables(noisy.device, torch.promote_types(tapped.dtype, torch.float32))
-    images = {NOISY: noisy, TIMESTEPS: timesteps}
+    tapped.schedule.tables(images[NOISY].device, torch.promote_types(tapped.dtype, torch.float32))
     return (
         Program(ENCODER, _Forward(tapped, encoder), images, tuple(between)),
         Program(
