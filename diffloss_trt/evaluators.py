@@ -169,7 +169,15 @@ class _BundleEvaluator:
     def _open(self, name: str) -> Session:
         file = self.bundle.graph_file(name)
         graph = self.bundle.graphs[name]
-        return open_session(file, graph.inputs, graph.outputs, backend=self.backend, device=self.device)
+        return open_session(
+            file,
+            graph.inputs,
+            graph.outputs,
+            backend=self.backend,
+            device=self.device,
+            digest=self.bundle.graph_digest(name),
+            precision=self.bundle.precision,
+        )
 
 
 class FusedEvaluator(_BundleEvaluator):

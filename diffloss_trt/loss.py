@@ -22,7 +22,7 @@ from diffloss_trt.unet import TappedUNet, reload_unet
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "onnxruntime", "torch")
+BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
 BACKWARDS = ("fused", "recompute")
 
 
@@ -99,7 +99,8 @@ class DiffLoss(nn.Module):
 
         Args:
             bundle: the bundle's folder.
-            backend: "onnxruntime", "torch", or "auto", which takes the first of these that works here.
+            backend: "onnxruntime" or "torch", or "auto", which takes the first of these that works here; "tensorrt" or
+                "tensorrt-rtx", which build what they need the first time, in minutes.
             device: where images will be; by default the GPU if there is one.
             naturalness_weight: weight of the predicted noise's difference, >= 0; zero leaves its work out.
             semantic_weight: weight of the bottleneck's difference, >= 0.

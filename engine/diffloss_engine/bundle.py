@@ -6,6 +6,7 @@ opened, and the hash of a file when it is first used. What is written appears at
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import posixpath
@@ -74,8 +75,8 @@ class Bundle:
         return cls(folder, manifest)
 
     def description(self) -> dict[str, Any]:
-        """What the manifest says, and the bundle's plans by name, as JSON values; there are no plans yet."""
-        return {**self._manifest.to_json(), "plans": {}}
+        """What the manifest says, as JSON values."""
+        return self._manifest.to_json()
 
     def file(self, relative: str) -> Path:
         """The path of a file of the bundle, its hash verified the first time that it is asked for.
@@ -131,6 +132,12 @@ class Bundle:
                     f"which has {size} bytes"
                 )
         return path
+
+    def graph_digest(self, name: str) -> str:
+        """What identifies a graph and its weights by content: the key under which plans of it are kept."""
+        graph = self.graphs[name]
+        hashes = [graph.sha256, *(self.files[path].sha256 for path in graph.weights)]
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 class BundleWriter:

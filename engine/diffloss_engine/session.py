@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from diffloss_engine.errors import BackendUnavailableError
+from diffloss_engine.errors import BackendUnavailableError, InputError
 from diffloss_engine.tensors import TensorSpec
+from diffloss_engine.trt_build import FLAVOURS
 
 
 class Session(Protocol):
@@ -40,10 +41,13 @@ def open_session(
     backend: str,
     device: torch.device,
     threads: int | None = None,
+    digest: str | None = None,
+    precision: str | None = None,
 ) -> Session:
     """Load an ONNX file, whose integrity the caller has verified, into the runtime called `backend`.
 
-    `threads` is how many CPU threads one call may use; None takes torch's own number.
+    threads: how many CPU threads one call may use; None takes torch's own number.
+    digest, precision: of the file and its weights, for TensorRT, which keeps plans: see `open_plan`.
 
     Raises BackendUnavailableError if the backend is unknown, not installed, or cannot run this graph on `device`;
     BundleError if the file is not a graph with these inputs and outputs; InputError if `threads` is below 1.
@@ -52,4 +56,14 @@ def open_session(
         from diffloss_engine.ort_session import OrtSession
 
         return OrtSession(graph_file, inputs, outputs, device=device, threads=threads)
-    raise BackendUnavailableError(f"there is no backend {backend!r} for ONNX graphs; there is 'onnxruntime'")
+    if backend in FLAVOURS:
+        from diffloss_engine.trt_session import open_plan
+
+        if digest is None or precision is None:
+            raise InputError(f"{backend} wants the digest and the precision of a graph")
+        return open_plan(
+            graph_file, inputs, outputs, flavour=backend, device=device, digest=digest, precision=precision
+        )
+    raise BackendUnavailableError(
+        f"there is no backend {backend!r} for ONNX graphs; there is {', '.join(('onnxruntime', *FLAVOURS))}"
+    )

@@ -35,11 +35,16 @@ def read_json(path: Path) -> Any:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from error
     if len(content) > MAX_BYTES:
         raise BundleError(f"{path} is larger than the {MAX_BYTES} bytes that are read as JSON")
+    return parse_json(content, str(path))
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """Parse UTF-8 JSON without NaN, infinities or repeated keys. Raises BundleError, naming `where`, if it is not."""
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     # Deep nesting is the one malformed input that the json module does not report as a ValueError.
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not valid JSON: {error}") from error
+        raise BundleError(f"{where} is not valid JSON: {error}") from error
 
 
 def expect(value: object, kind: type[T], where: str) -> T:

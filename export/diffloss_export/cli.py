@@ -13,9 +13,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from diffloss_engine.bundle import Bundle
     from diffloss_export.verify import Report
 
 FAILED_CHECK, WRONG_INPUT, INTERRUPTED = 1, 2, 130
@@ -78,6 +80,27 @@ def _parser() -> argparse.ArgumentParser:
     onnx.add_argument("--overwrite", action="store_true", help="replace an older bundle")
     onnx.set_defaults(run=_onnx)
 
+    build = commands.add_parser("build", help="build TensorRT plans of a bundle's graphs into the user's plan cache")
+    build.add_argument("--backend", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt", help="default: tensorrt")
+    build.add_argument("--workspace", type=int, metavar="MIB", help="the most scratch memory that a plan may want")
+    build.add_argument("--optimization-level", type=int, metavar="N", help="0 to 5: how long to look for fast kernels")
+    build.add_argument(
+        "--timing-cache", type=Path, metavar="FILE", help="timings of kernels, to begin with and to keep"
+    )
+    build.add_argument(
+        "--hardware-compatibility",
+        choices=("ampere-plus", "same-compute-capability"),
+        help="plans that run on other GPUs too, for some of the speed",
+    )
+    build.add_argument("--version-compatible", action="store_true", help="plans that run in later versions too")
+    build.add_argument(
+        "--compute-capability",
+        action="append",
+        default=[],
+        metavar="N.N",
+        help="of a GPU to build for, with tensorrt-rtx; can be given several times (default: all from 8.0 on)",
+    )
+    build.set_defaults(run=_build)
     verify = commands.add_parser("verify", help="check a bundle against eager PyTorch in float64: value and gradient")
     verify.set_defaults(run=_verify)
     bench = commands.add_parser("bench", help="time a step here: this bundle beside eager and compiled PyTorch")
@@ -86,11 +109,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="print what a bundle holds")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(run=_inspect)
-    for command in (verify, bench, inspect):
+    for command in (build, verify, bench, inspect):
         command.add_argument("bundle", metavar="BUNDLE", help="a folder that 'diffloss-export onnx' wrote")
     for command in (verify, bench):
         command.add_argument(
-            "--backend", choices=("auto", "onnxruntime", "torch"), default="auto", help="default: auto"
+            "--backend",
+            choices=("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "torch"),
+            default="auto",
+            help="default: auto",
         )
         command.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     return parser
@@ -134,6 +160,36 @@ def _onnx(args: argparse.Namespace) -> int:
     return 0
 
 
+def _build(args: argparse.Namespace) -> int:
+    from diffloss_engine.bundle import Bundle
+    from diffloss_engine.plan_cache import PlanCache
+    from diffloss_engine.trt_build import BuildOptions
+    from diffloss_export.build import build_bundle
+
+    options = BuildOptions(
+        workspace_bytes=None if args.workspace is None else args.workspace * 2**20,
+        optimization_level=args.optimization_level,
+        hardware_compatibility=args.hardware_compatibility,
+        version_compatible=args.version_compatible,
+        compute_capabilities=tuple(args.compute_capability),
+    )
+    cache = PlanCache()
+    with _stages() as on_stage:
+        plans = build_bundle(
+            Bundle.open(args.bundle),
+            flavour=args.backend,
+            options=options,
+            timing_cache=args.timing_cache,
+            cache=cache,
+            on_stage=on_stage,
+        )
+    for plan in plans:
+        how = "was there" if plan.seconds is None else f"built in {plan.seconds:.1f} s"
+        print(f"{plan.graph}: {plan.bytes / 2**20:.1f} MiB, {how}")
+    print(f"the plans are in {cache.folder}")
+    return 0
+
+
 def _verify(args: argparse.Namespace) -> int:
     from diffloss_engine.bundle import Bundle
     from diffloss_export.verify import verify_bundle
@@ -166,7 +222,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     bundle = Bundle.open(args.bundle)
     bundle.verify_hashes()
-    description = bundle.description()
+    description = bundle.description() | {"plans": _plans(bundle)}
     if args.json:
         print(json.dumps(description, indent=2, sort_keys=True))
         return 0
@@ -179,7 +235,23 @@ def _inspect(args: argparse.Namespace) -> int:
         for kind, specs in (("in", graph.inputs), ("out", graph.outputs)):
             for spec in specs:
                 print(f"    {kind:3} {spec.name} {spec.dtype} {list(spec.shape)}")
+        for plan in description["plans"].get(graph.name, []):
+            gpu = "any GPU from compute capability 8.0 on" if plan["gpu"] is None else plan["gpu"]["name"]
+            print(f"    plan of {plan['flavour']} {plan['version']} for {gpu}")
     return 0
+
+
+def _plans(bundle: Bundle) -> dict[str, list[dict[str, Any]]]:
+    """Return what the user's cache has for each graph of the bundle, the latest first."""
+    from diffloss_engine.plan_cache import PlanCache
+
+    keys = PlanCache().list_keys()
+    shown = ("flavour", "version", "gpu", "options")
+    plans = {
+        name: [{field: key[field] for field in shown} for key in keys if key["graph"] == bundle.graph_digest(name)]
+        for name in bundle.graphs
+    }
+    return {name: found for name, found in plans.items() if found}
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import diffloss_engine
-from diffloss_engine import BackendUnavailableError, Graph, open_session
+from diffloss_engine import BackendUnavailableError, Graph, InputError, open_session
 
 CPU = torch.device("cpu")
 
@@ -29,6 +29,14 @@ def test_unknown_backend_is_named() -> None:
         open_session(Path("conv.onnx"), [], [], backend="openvino", device=CPU)
 
 
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_tensorrt_wants_a_gpu(backend: str) -> None:
+    with pytest.raises(BackendUnavailableError, match=f"{backend} needs a GPU.*cpu"):
+        open_session(Path("g.onnx"), [], [], backend=backend, device=CPU, digest="0" * 64, precision="fp32")
+    with pytest.raises(InputError, match=f"{backend} wants the digest"):
+        open_session(Path("g.onnx"), [], [], backend=backend, device=CPU)
+
+
 def python(code: str) -> str:
     """Run `code` in a fresh interpreter that finds the sources, and return what it prints."""
     source = Path(diffloss_engine.__file__).parents[1]
@@ -41,7 +49,7 @@ def test_importing_everything_imports_no_runtime() -> None:
         "import importlib, pkgutil, diffloss_engine\n"
         "for module in pkgutil.iter_modules(diffloss_engine.__path__, 'diffloss_engine.'):\n"
         "    importlib.import_module(module.name)\n"
-        "print({'onnx', 'onnxruntime', 'tensorrt'} & sys.modules.keys())"
+        "print({'onnx', 'onnxruntime', 'tensorrt', 'tensorrt_rtx'} & sys.modules.keys())"
     )
     assert python(code) == "set()\n"
 

@@ -1,0 +1,172 @@
+"""The user's own folder of plans: built once for each key, whoever asks, and read back only if unaltered.
+
+A plan is machine code that TensorRT runs without a check. So it is never taken from a bundle or from anywhere else, but
+only from a folder and a file that belong to the user, into which nobody else can write, and only with the hash that was
+noted when it was written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from diffloss_engine.errors import BundleError, InputError
+from diffloss_engine.hashed_files import flush_to_disk
+from diffloss_engine.strict_json import expect, expect_object, expect_positive, parse_json
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_FIELDS = frozenset({"format", "key", "sha256", "bytes"})
+# A file begins with a line of JSON, of at most so many bytes; the plan follows.
+_LONGEST_HEADER = 64 * 1024
+
+Key = Mapping[str, Any]
+Plan = bytes | memoryview
+
+
+def default_folder() -> Path:
+    """Return $DIFFLOSS_CACHE, or else diffloss-trt in the user's cache folder."""
+    chosen = os.environ.get("DIFFLOSS_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffloss-trt"
+
+
+class PlanCache:
+    """Plans by key, a JSON object that says everything that a plan depends on.
+
+    The folder, by default `default_folder()`, is made when it is needed. Methods that read or write plans raise
+    InputError if it cannot be made, or is not the user's own.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or default_folder()
+
+    def get(self, key: Key, build: Callable[[], Plan]) -> Plan:
+        """Return the plan of `key`; build it, and keep it, if there is none that is whole.
+
+        Of several processes that ask for the same plan one builds it, and the others wait. One that is damaged or
+        somebody else's is set aside, with a line in the log.
+        """
+        with self._locked(key):
+            plan: Plan | None = self._read(key)
+            if plan is None:
+                plan = build()
+                self._write(key, plan)
+            return plan
+
+    def reject(self, key: Key, reason: str) -> None:
+        """Set aside a plan that the runtime refuses, so that the next `get` builds it anew."""
+        with self._locked(key):
+            self._set_aside(key, reason)
+
+    def list_keys(self) -> list[dict[str, Any]]:
+        """Return the keys of what is there, the latest first; the plans themselves are not read."""
+        found = []
+        for path in self.folder.glob("*.plan"):
+            with contextlib.suppress(BundleError, OSError), path.open("rb") as file:
+                found.append((os.fstat(file.fileno()).st_mtime_ns, _read_header(file.readline(_LONGEST_HEADER))["key"]))
+        return [key for _, key in sorted(found, key=lambda entry: entry[0], reverse=True)]
+
+    def _path(self, key: Key, suffix: str) -> Path:
+        text = json.dumps(key, sort_keys=True, allow_nan=False)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:40]}{suffix}"
+
+    @contextlib.contextmanager
+    def _locked(self, key: Key) -> Iterator[None]:
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _expect_ours(self.folder.stat())
+        except OSError as error:
+            raise InputError(f"the plan cache {self.folder} cannot be made: {error.strerror}") from error
+        except BundleError as error:
+            raise InputError(f"the plan cache {self.folder} cannot be trusted: {error}") from error
+        lock: BaseFileLock = FileLock(self._path(key, ".lock"), mode=0o600)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("another process is at work on the same plan: waiting for it")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _read(self, key: Key) -> memoryview | None:
+        try:
+            # A link could name a file that somebody else can write.
+            descriptor = os.open(self._path(key, ".plan"), os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._set_aside(key, f"it cannot be opened: {error.strerror}")
+            return None
+        with os.fdopen(descriptor, "rb") as file:
+            try:
+                _expect_ours(os.fstat(descriptor))
+                header = _read_header(file.readline(_LONGEST_HEADER))
+                if header["key"] != json.loads(json.dumps(key)):
+                    raise BundleError("it was made for something else")
+                plan = file.read()
+                if len(plan) != header["bytes"] or hashlib.sha256(plan).hexdigest() != header["sha256"]:
+                    raise BundleError("its content is not what was written")
+                return memoryview(plan)
+            except BundleError as error:
+                self._set_aside(key, str(error))
+                return None
+
+    def _write(self, key: Key, plan: Plan) -> None:
+        header = {"format": _FORMAT, "key": key, "sha256": hashlib.sha256(plan).hexdigest(), "bytes": len(plan)}
+        # The lock makes this name ours alone; what a killed process left under it is overwritten.
+        partial = self._path(key, ".partial")
+        try:
+            partial.unlink(missing_ok=True)
+            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(json.dumps(header, sort_keys=True, allow_nan=False).encode() + b"\n")
+                file.write(plan)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self._path(key, ".plan"))
+            flush_to_disk(self.folder)
+        except OSError as error:
+            # The plan is there, though not for the next time.
+            logger.warning("a plan could not be kept in %s: %s", self.folder, error.strerror)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+    def _set_aside(self, key: Key, reason: str) -> None:
+        path, aside = self._path(key, ".plan"), self._path(key, ".rejected")
+        logger.warning("the plan %s is not used and set aside as %s: %s", path, aside.name, reason)
+        with contextlib.suppress(FileNotFoundError):
+            path.replace(aside)
+
+
+def _read_header(line: bytes) -> dict[str, Any]:
+    header = expect_object(parse_json(line, "its header"), _FIELDS, "its header")
+    if header["format"] != _FORMAT:
+        raise BundleError(f"its format is {header['format']!r}, expected {_FORMAT}")
+    expect(header["key"], dict, "its key")
+    expect(header["sha256"], str, "its sha256")
+    expect_positive(header["bytes"], "its size")
+    return header
+
+
+def _expect_ours(status: os.stat_result) -> None:
+    """Raise BundleError unless a file or folder is the user's own, and writable by nobody else."""
+    if os.name != "posix":  # Windows keeps what is in a user's profile to the user.
+        return
+    if status.st_uid != os.geteuid():
+        raise BundleError(f"it belongs to user {status.st_uid}, not to {os.geteuid()}, who is using it")
+    if stat.S_IMODE(status.st_mode) & (stat.S_IWGRP | stat.S_IWOTH):
+        raise BundleError(f"others may write to it (mode {stat.S_IMODE(status.st_mode):o}); expected 700 or 600")

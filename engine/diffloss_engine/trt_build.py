@@ -1,0 +1,266 @@
+"""ONNX files to plans, by TensorRT or TensorRT-RTX: the same builder under two module names."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from diffloss_engine.errors import BackendError, BackendUnavailableError, InputError
+
+# A flavour is a backend's name: its module, the first version that will do and the first that may not.
+_MODULES = {"tensorrt": ("tensorrt", (10, 12), (12, 0)), "tensorrt-rtx": ("tensorrt_rtx", (1, 0), (2, 0))}
+FLAVOURS = tuple(_MODULES)
+
+_COMPATIBILITY = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
+_DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+# Of how many nodes that the parser refuses a message speaks.
+_NAMED = 10
+
+# Called with what the builder is at, and how much of that is done, from 0 to 1.
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What can be chosen about a build; None leaves it to the builder. Raises InputError for what no builder knows.
+
+    workspace_bytes: the most scratch memory that the plan may want.
+    optimization_level: 0 to 5; the higher, the longer the search for fast kernels.
+    hardware_compatibility: "ampere-plus" or "same-compute-capability": runs on other GPUs too, for some of the speed.
+    version_compatible: runs in later versions of the runtime too.
+    compute_capabilities: such as "8.9": the GPUs to build for. By default the one that is here. TensorRT-RTX alone.
+    """
+
+    workspace_bytes: int | None = None
+    optimization_level: int | None = None
+    hardware_compatibility: str | None = None
+    version_compatible: bool = False
+    compute_capabilities: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.workspace_bytes is not None and self.workspace_bytes < 1:
+            raise InputError(f"the workspace is {self.workspace_bytes} bytes; expected at least 1")
+        if self.optimization_level is not None and self.optimization_level not in range(6):
+            raise InputError(f"the optimisation level is {self.optimization_level}; expected 0 to 5")
+        if self.hardware_compatibility not in (None, *_COMPATIBILITY):
+            raise InputError(
+                f"the hardware compatibility is {self.hardware_compatibility!r}; "
+                f"expected one of {', '.join(_COMPATIBILITY)}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as JSON values."""
+        return {**asdict(self), "compute_capabilities": list(self.compute_capabilities)}
+
+
+def import_flavour(flavour: str) -> ModuleType:
+    """Return the module of a flavour. Raises BackendUnavailableError if it is missing, broken, too old or too new."""
+    if flavour not in _MODULES:
+        raise BackendUnavailableError(f"there is no flavour {flavour!r} of TensorRT; there is {', '.join(FLAVOURS)}")
+    name, first, beyond = _MODULES[flavour]
+    try:
+        module = importlib.import_module(name)
+        version = tuple(int(part) for part in module.__version__.split(".")[:2])
+    # A missing shared library is an OSError or a RuntimeError; a wheel that is but a shell lacks the version.
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise BackendUnavailableError(
+            f"{flavour} cannot be imported ({error}); docs/gpu.md says how to install it"
+        ) from error
+    if not first <= version < beyond:
+        bounds = [".".join(map(str, bound)) for bound in (first, beyond)]
+        raise BackendUnavailableError(
+            f"{flavour} has version {module.__version__}; expected at least {bounds[0]}, and less than {bounds[1]}"
+        )
+    return module
+
+
+def recording_logger(trt: ModuleType) -> Any:
+    """Return a logger that prints nothing; `take()` returns the errors logged since the last call, as one line."""
+
+    class Recorder(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            # Not super(): the bindings want the base class itself to be initialised.
+            trt.ILogger.__init__(self)
+            self._errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self._errors.append(" ".join(message.split()))
+
+        def take(self) -> str:
+            line = "; ".join(dict.fromkeys(self._errors)) or "it gave no reason"
+            self._errors.clear()
+            return line
+
+    return Recorder()
+
+
+def build_plan(
+    graph_file: Path,
+    *,
+    flavour: str,
+    precision: str,
+    options: BuildOptions | None = None,
+    timing_cache: Path | None = None,
+    on_progress: Progress = lambda _, __: None,
+) -> memoryview:
+    """Build a plan of an ONNX file, whose integrity the caller has verified.
+
+    It is strongly typed: each tensor has the dtype that the ONNX graph gives it.
+
+    precision: "fp32", "fp16" or "bf16", which all convolutions and matrix products of images must have.
+    timing_cache: a file of kernels' timings, the user's own: what it has is not measured again, what is new is added.
+
+    Raises BackendUnavailableError if the flavour is not installed, refuses a node of the graph (all of these are
+    named), or lacks an option; BackendError if precision is not as expected or the build fails.
+    """
+    trt = import_flavour(flavour)
+    logger = recording_logger(trt)
+    builder = _made(trt.Builder(logger), logger, "make a builder")
+    network = _parse(trt, builder, logger, graph_file)
+    check_precision(trt, network, precision)
+    config = _made(builder.create_builder_config(), logger, "make a configuration")
+    _configure(trt, flavour, config, options or BuildOptions())
+    timings = None if timing_cache is None else _set_timings(flavour, config, logger, timing_cache)
+    monitor = _monitor(trt, on_progress)
+    config.progress_monitor = monitor
+    plan = builder.build_serialized_network(network, config)
+    if monitor.raised is not None:
+        raise monitor.raised
+    plan = memoryview(_made(plan, logger, f"build a plan of {graph_file.name}"))
+    if timing_cache is not None and timings is not None:
+        partial = timing_cache.with_name(f".{timing_cache.name}.{os.getpid()}")
+        partial.write_bytes(_made(timings.serialize(), logger, "serialise its timings"))
+        partial.replace(timing_cache)
+    return plan
+
+
+def _set_timings(flavour: str, config: Any, logger: Any, file: Path) -> Any:
+    if flavour == "tensorrt-rtx":
+        raise BackendUnavailableError("tensorrt-rtx times no kernels when it builds; a timing cache is not taken")
+    timings = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
+    if timings is None or not config.set_timing_cache(timings, ignore_mismatch=False):
+        raise InputError(f"the timing cache {file} is not one of this GPU and version: {logger.take()}")
+    return timings
+
+
+def _parse(trt: ModuleType, builder: Any, logger: Any, graph_file: Path) -> Any:
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = _made(builder.create_network(flags), logger, "make a network")
+    parser = _made(trt.OnnxParser(network, logger), logger, "make a parser")
+    # By path, since external data is looked for beside the file.
+    # Of an empty file the parser makes an empty network.
+    if parser.parse_from_file(str(graph_file)) and network.num_inputs and not parser.num_errors:
+        return network
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    lines = dict.fromkeys(
+        f"{error.node_operator()} {error.node_name()}: {error.desc()}" if error.node_operator() else error.desc()
+        for error in errors
+    )
+    named = "; ".join(list(lines)[:_NAMED]) or logger.take()
+    more = f"; and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
+    raise BackendUnavailableError(f"{trt.__name__} {trt.__version__} cannot take {graph_file}: {named}{more}")
+
+
+def check_precision(trt: ModuleType, network: Any, precision: str) -> None:
+    """Raise BackendError unless all convolutions and matrix products of a parsed network have this precision.
+
+    Products of as many rows as the batch, one vector for each sample, are left out: a time embedding is computed
+    more precisely than images.
+    """
+    wanted = getattr(trt.DataType, _DTYPES[precision])
+    batch = network.get_input(0).shape[0]
+    wrong = []
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type not in (trt.LayerType.CONVOLUTION, trt.LayerType.MATRIX_MULTIPLY):
+            continue
+        output = layer.get_output(0)
+        of_vectors = layer.type == trt.LayerType.MATRIX_MULTIPLY and tuple(output.shape[:-1]) == (batch,)
+        # Weights that are constants are not among the inputs.
+        inputs = [layer.get_input(place) for place in range(layer.num_inputs)]
+        dtypes = {tensor.dtype for tensor in (*inputs, output) if tensor is not None}
+        if not of_vectors and dtypes != {wanted}:
+            wrong.append(f"{layer.name} ({', '.join(sorted(dtype.name for dtype in dtypes))})")
+    if wrong:
+        raise BackendError(
+            f"{len(wrong)} convolutions or matrix products are not {wanted.name}, as expected in {precision}, "
+            f"the first of them {wrong[0]}"
+        )
+
+
+def _configure(trt: ModuleType, flavour: str, config: Any, options: BuildOptions) -> None:
+    if options.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.hardware_compatibility is not None:
+        level = getattr(trt.HardwareCompatibilityLevel, _COMPATIBILITY[options.hardware_compatibility])
+        config.hardware_compatibility_level = level
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.compute_capabilities:
+        _set_compute_capabilities(trt, flavour, config, options.compute_capabilities)
+    # For the layers' names and types in profiles and in the check of an engine.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+
+
+def _set_compute_capabilities(trt: ModuleType, flavour: str, config: Any, wanted: tuple[str, ...]) -> None:
+    known = getattr(trt, "ComputeCapability", None)
+    if known is None:
+        raise BackendUnavailableError(
+            f"{flavour} builds for the GPU that is here alone; compute capabilities are not taken"
+        )
+    names = {name: value for name, value in known.__members__.items() if name.startswith("SM")}
+    keys = [f"SM{capability.replace('.', '')}" for capability in wanted]
+    for capability, key in zip(wanted, keys, strict=True):
+        if key not in names:
+            dotted = ", ".join(f"{name[2:-1]}.{name[-1]}" for name in names)
+            raise BackendUnavailableError(
+                f"{flavour} {trt.__version__} does not build for compute capability {capability!r}, but for {dotted}"
+            )
+    config.num_compute_capabilities = len(keys)
+    for index, key in enumerate(keys):
+        config.set_compute_capability(names[key], index)
+
+
+def _monitor(trt: ModuleType, on_progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        """Passes on how far each phase is; `raised` is what was raised meanwhile, which ends the build."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.raised: BaseException | None = None
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+            self._tell(phase_name, 0)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self._tell(phase_name, step + 1)
+            return self.raised is None
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._steps.pop(phase_name, None)
+
+        def _tell(self, phase: str, done: int) -> None:
+            # An exception, Ctrl-C for one, must not enter the builder, whose code is not Python's.
+            try:
+                on_progress(phase, done / max(1, self._steps.get(phase, 1)))
+            except BaseException as error:
+                self.raised = error
+
+    return Monitor()
+
+
+def _made(thing: Any, logger: Any, what: str) -> Any:
+    """Return `thing` unless it is None, which is how these libraries fail."""
+    if thing is None:
+        raise BackendError(f"TensorRT could not {what}: {logger.take()}")
+    return thing

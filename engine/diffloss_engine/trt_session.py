@@ -1,0 +1,214 @@
+"""Plans of TensorRT and TensorRT-RTX, run on torch's current stream and in torch's own memory."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffloss_engine.errors import BackendError, BackendUnavailableError
+from diffloss_engine.plan_cache import PlanCache
+from diffloss_engine.tensors import TensorSpec, check_tensors, concrete_device
+from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour, recording_logger
+
+logger = logging.getLogger(__name__)
+
+# In TensorRT's names.
+_DTYPES = {
+    "float32": "FLOAT",
+    "float16": "HALF",
+    "bfloat16": "BF16",
+    "int64": "INT64",
+    "int32": "INT32",
+    "bool": "BOOL",
+}
+# What TensorRT asks of a tensor's address. Torch's allocations meet it; a view into one may not.
+_ALIGNMENT = 256
+
+
+class TrtSession:
+    """One plan; see `Session` for the contract.
+
+    Inputs are read and outputs written where torch keeps them, without a copy, except that an input that is not
+    contiguous, or begins at an odd address, is first copied. Scratch memory comes from torch's allocator at each call:
+    so sessions that run one after the other share it, with each other and with the training around them, calls on
+    several streams do not disturb each other, and a CUDA graph that captures a call owns what the call needs.
+
+    It is run once when it is opened. Raises BackendUnavailableError if the plan is not for this GPU or this version, or
+    is not of these tensors.
+    """
+
+    def __init__(
+        self,
+        plan: bytes | memoryview,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        *,
+        flavour: str,
+        device: torch.device,
+    ) -> None:
+        trt = import_flavour(flavour)
+        self.backend = flavour
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self.device = concrete_device(device)
+        self._logger = recording_logger(trt)
+        # An execution context has one set of addresses, which one thread at a time may set and use.
+        self._enqueuing = threading.Lock()
+        # An engine belongs to the GPU that is current when it is made.
+        with torch.cuda.device(self.device):
+            self._stream = torch.cuda.Stream()
+            self._runtime = trt.Runtime(self._logger)
+            engine = self._runtime.deserialize_cuda_engine(plan)
+            if engine is None:
+                raise BackendUnavailableError(f"{flavour} {trt.__version__} refuses the plan: {self._logger.take()}")
+            _compare(trt, engine, self.inputs, self.outputs)
+            context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            if context is None:
+                raise BackendError(f"{flavour} could not make an execution context: {self._logger.take()}")
+        self._engine = engine
+        self._context: Any | None = context
+        self._scratch_bytes = int(engine.device_memory_size_v2)
+        # TensorRT-RTX compiles kernels at the first run, which must not be one that a CUDA graph captures; and what
+        # cannot run is to be known before training starts.
+        self({spec.name: torch.zeros(spec.shape, dtype=spec.torch_dtype, device=self.device) for spec in self.inputs})
+        torch.cuda.synchronize(self.device)
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        check_tensors(self.inputs, inputs, self.device)
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            given = {spec.name: _addressable(inputs[spec.name].detach()) for spec in self.inputs}
+            made = {
+                spec.name: torch.empty(spec.shape, dtype=spec.torch_dtype, device=self.device) for spec in self.outputs
+            }
+            # Freed when this returns, which in torch's allocator means: for later work on this stream.
+            scratch = torch.empty(max(1, self._scratch_bytes), dtype=torch.uint8, device=self.device)
+            # On the default stream TensorRT would wait for the GPU. All tensors belong to torch's current stream, which
+            # waits for the other one: what it does with their memory afterwards comes after.
+            running = stream if stream.cuda_stream else self._stream
+            with self._enqueuing:
+                context = self._context
+                if context is None:
+                    raise BackendError("the session was closed")
+                context.set_device_memory(scratch.data_ptr(), self._scratch_bytes)
+                for name, tensor in (given | made).items():
+                    self._check(context.set_tensor_address(name, tensor.data_ptr()), f"take the address of {name!r}")
+                if running is not stream:
+                    running.wait_stream(stream)
+                try:
+                    self._check(context.execute_async_v3(running.cuda_stream), "run")
+                finally:
+                    if running is not stream:
+                        stream.wait_stream(running)
+        return made
+
+    def close(self) -> None:
+        with self._enqueuing:
+            self._context = self._engine = None
+
+    def _check(self, success: bool, what: str) -> None:
+        if not success:
+            raise BackendError(f"{self.backend} could not {what}: {self._logger.take()}")
+
+
+def open_plan(
+    graph_file: Path,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    *,
+    flavour: str,
+    device: torch.device,
+    digest: str,
+    precision: str,
+) -> TrtSession:
+    """Return a session on the plan of an ONNX file: the one in the user's cache, or one that is built now.
+
+    digest: identifies the file and its weights, whose integrity the caller has verified; for `precision` see
+    `build_plan`. Raises BackendUnavailableError if `device` is no GPU, and as `build_plan` and `TrtSession` do.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise BackendUnavailableError(f"{flavour} needs a GPU that torch can use; on device {device} there is none")
+    device = concrete_device(device)
+    cache = PlanCache()
+    key = plan_key(flavour, digest, precision, inputs, BuildOptions(), device)
+    # One that was built with other options was built on purpose; the latest counts.
+    key = next((other for other in cache.list_keys() if _without_options(other) == _without_options(key)), key)
+
+    def build() -> memoryview:
+        logger.info("building a plan of %s with %s, which takes minutes the first time", graph_file, flavour)
+        return build_plan(graph_file, flavour=flavour, precision=precision)
+
+    with torch.cuda.device(device):
+        try:
+            return TrtSession(cache.get(key, build), inputs, outputs, flavour=flavour, device=device)
+        except BackendUnavailableError as error:
+            # What a plan can come to depend on beyond its key is the driver.
+            cache.reject(key, str(error))
+        return TrtSession(cache.get(key, build), inputs, outputs, flavour=flavour, device=device)
+
+
+def plan_key(
+    flavour: str,
+    digest: str,
+    precision: str,
+    inputs: Sequence[TensorSpec],
+    options: BuildOptions,
+    device: torch.device | None,
+) -> dict[str, Any]:
+    """Return everything that a plan depends on, as a key of `PlanCache`.
+
+    device: the GPU that the plan is for. TensorRT-RTX makes plans for compute capabilities, not for one GPU, so that
+    there the plan of a machine without a GPU is that of one with it.
+    """
+    trt = import_flavour(flavour)
+    gpu = None
+    if flavour == "tensorrt":
+        if device is None:
+            raise BackendUnavailableError("tensorrt builds for the GPU that is here, and there is none")
+        properties = torch.cuda.get_device_properties(device)
+        gpu = {"name": properties.name, "compute_capability": f"{properties.major}.{properties.minor}"}
+    return {
+        "graph": digest,
+        "flavour": flavour,
+        "version": trt.__version__,
+        "gpu": gpu,
+        "precision": precision,
+        "inputs": [spec.to_json() for spec in inputs],
+        "options": options.to_json(),
+    }
+
+
+def _without_options(key: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in key.items() if name != "options"}
+
+
+def _compare(trt: ModuleType, engine: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    """Raise BackendUnavailableError unless the engine has exactly these tensors."""
+    found = {}
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        found[name] = (
+            engine.get_tensor_mode(name).name,
+            engine.get_tensor_dtype(name).name,
+            tuple(engine.get_tensor_shape(name)),
+        )
+    expected = {
+        spec.name: (mode, _DTYPES[spec.dtype], spec.shape)
+        for mode, specs in (("INPUT", inputs), ("OUTPUT", outputs))
+        for spec in specs
+    }
+    if found != expected:
+        raise BackendUnavailableError(f"{trt.__name__}: the plan has the tensors {found}, expected {expected}")
+
+
+def _addressable(tensor: Tensor) -> Tensor:
+    """Return `tensor` itself, or a copy if it is not dense or begins where TensorRT reads from no tensor."""
+    dense = tensor.resolve_neg().contiguous()
+    return dense if dense.data_ptr() % _ALIGNMENT == 0 else dense.clone()

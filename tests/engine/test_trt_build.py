@@ -1,0 +1,215 @@
+"""Real builds with TensorRT-RTX, which needs no GPU for them."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from diffloss_engine import BackendError, BackendUnavailableError, Graph, InputError
+from diffloss_engine.tensors import TensorSpec
+from diffloss_engine.trt_build import BuildOptions, build_plan, check_precision, import_flavour, recording_logger
+
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+RTX = "tensorrt-rtx"
+FP16, FP32 = "float16", "float32"
+
+SaveGraph = Callable[..., Graph]
+
+
+@pytest.fixture
+def conv(tmp_path: Path, save_conv: Callable[[Path, str], Graph]) -> Path:
+    return tmp_path / save_conv(tmp_path, FP32).file
+
+
+def is_plan(plan: memoryview) -> bool:
+    return len(plan) > 1000 and bytes(plan[1:4]) == b"trt"
+
+
+def test_builds_a_plan(conv: Path) -> None:
+    assert is_plan(build_plan(conv, flavour=RTX, precision="fp32"))
+
+
+def test_options_reach_the_builder(conv: Path) -> None:
+    plain = build_plan(conv, flavour=RTX, precision="fp32")
+    one = BuildOptions(workspace_bytes=2**28, optimization_level=1, compute_capabilities=("8.9",))
+    assert is_plan(build_plan(conv, flavour=RTX, precision="fp32", options=one))
+    assert is_plan(build_plan(conv, flavour=RTX, precision="fp32", options=BuildOptions(compute_capabilities=("7.5",))))
+    assert bytes(plain) != bytes(build_plan(conv, flavour=RTX, precision="fp32", options=one))
+
+
+def test_what_the_builder_says_is_passed_on(conv: Path) -> None:
+    with pytest.raises(BackendError, match=r"could not build a plan of conv\.onnx: .*workspace"):
+        build_plan(conv, flavour=RTX, precision="fp32", options=BuildOptions(workspace_bytes=2**10))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"workspace_bytes": 0}, "workspace is 0 bytes"),
+        ({"optimization_level": 6}, "level is 6; expected 0 to 5"),
+        ({"hardware_compatibility": "all"}, "'all'; expected one of ampere-plus, same-compute-capability"),
+    ],
+)
+def test_options_that_no_builder_knows(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        BuildOptions(**changes)
+
+
+def test_unknown_compute_capability_names_the_known_ones(conv: Path) -> None:
+    with pytest.raises(BackendUnavailableError, match=r"capability '9.9', but for 7.5, 8.0.*12.0"):
+        build_plan(conv, flavour=RTX, precision="fp32", options=BuildOptions(compute_capabilities=("9.9",)))
+
+
+def test_every_node_that_is_refused_is_named(tmp_path: Path, save_graph: SaveGraph) -> None:
+    x, y = TensorSpec("x", FP32, (2, 3)), TensorSpec("y", FP32, (2, 3))
+    nodes = [
+        helper.make_node("Mystery", ["x"], ["a"], name="first", domain=""),
+        helper.make_node("Enigma", ["a"], ["y"], name="second", domain=""),
+    ]
+    save_graph(tmp_path / "strange.onnx", nodes, [x], [y])
+    with pytest.raises(BackendUnavailableError, match=r"strange.onnx: .*Mystery.*first") as caught:
+        build_plan(tmp_path / "strange.onnx", flavour=RTX, precision="fp32")
+    assert "Enigma" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph", bytes(1000)])
+def test_a_file_that_is_no_graph(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(content)
+    with pytest.raises((BackendUnavailableError, BackendError), match=r"bad\.onnx|build"):
+        build_plan(tmp_path / "bad.onnx", flavour=RTX, precision="fp32")
+
+
+def test_missing_weights(conv: Path) -> None:
+    (conv.parent / "conv.weights").unlink()
+    with pytest.raises(BackendUnavailableError, match=r"conv\.onnx: .*initializer: weight"):
+        build_plan(conv, flavour=RTX, precision="fp32")
+
+
+# Precision
+
+
+def products(tmp_path: Path, save_graph: SaveGraph, convolution: str, product: str, of_vectors: str) -> Any:
+    """Parse a graph with a convolution, a batched product and one of vectors, each in a dtype of its own."""
+
+    def constant(name: str, dtype: str, *shape: int) -> onnx.TensorProto:
+        return onnx.numpy_helper.from_array(np.zeros(shape, dtype), name)
+
+    inputs = [
+        TensorSpec("image", convolution, (2, 3, 8, 8)),
+        TensorSpec("tokens", product, (2, 5, 4)),
+        TensorSpec("time", of_vectors, (2, 4)),
+    ]
+    outputs = [
+        TensorSpec("a", convolution, (2, 3, 8, 8)),
+        TensorSpec("b", product, (2, 5, 5)),
+        TensorSpec("c", of_vectors, (2, 6)),
+    ]
+    nodes = [
+        helper.make_node("Conv", ["image", "w"], ["a"], name="the_convolution", pads=[1] * 4),
+        helper.make_node("Transpose", ["tokens"], ["transposed"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["tokens", "transposed"], ["b"], name="the_product"),
+        helper.make_node("Gemm", ["time", "m"], ["c"], name="the_time"),
+    ]
+    weights = [constant("w", convolution, 3, 3, 3, 3), constant("m", of_vectors, 4, 6)]
+    save_graph(tmp_path / "products.onnx", nodes, inputs, outputs, weights)
+    logger = recording_logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse_from_file(str(tmp_path / "products.onnx"))
+    return network, parser, builder
+
+
+@pytest.mark.parametrize(("time", "precision"), [(FP32, "fp16"), (FP16, "fp16")])
+def test_precision_is_right(time: str, precision: str, tmp_path: Path, save_graph: SaveGraph) -> None:
+    network, *_ = products(tmp_path, save_graph, FP16, FP16, time)
+    check_precision(trt, network, precision)
+    with pytest.raises(BackendError, match="2 convolutions or matrix products are not FLOAT"):
+        check_precision(trt, network, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("convolution", "product", "named"), [(FP32, FP16, "the_convolution"), (FP16, FP32, "the_product")]
+)
+def test_one_product_in_another_precision_is_named(
+    convolution: str, product: str, named: str, tmp_path: Path, save_graph: SaveGraph
+) -> None:
+    network, *_ = products(tmp_path, save_graph, convolution, product, FP32)
+    with pytest.raises(BackendError, match=f"1 convolutions or matrix products are not HALF.*{named} .*FLOAT"):
+        check_precision(trt, network, "fp16")
+
+
+def test_a_build_in_another_precision_than_expected_fails(conv: Path) -> None:
+    with pytest.raises(BackendError, match=r"not HALF, as expected in fp16"):
+        build_plan(conv, flavour=RTX, precision="fp16")
+
+
+# Progress and interruption
+
+
+def test_progress_is_told(conv: Path) -> None:
+    told: list[tuple[str, float]] = []
+    build_plan(conv, flavour=RTX, precision="fp32", on_progress=lambda phase, done: told.append((phase, done)))
+    assert told
+    assert all(phase and 0 <= done <= 1 for phase, done in told)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_what_is_raised_while_progress_is_told_ends_the_build(kind: type[BaseException], conv: Path) -> None:
+    def stop(*_: object) -> None:
+        raise kind("enough")
+
+    with pytest.raises(kind, match="enough"):
+        build_plan(conv, flavour=RTX, precision="fp32", on_progress=stop)
+
+
+def test_builds_in_two_threads(conv: Path) -> None:
+    plans: list[memoryview] = []
+    threads = [
+        threading.Thread(target=lambda: plans.append(build_plan(conv, flavour=RTX, precision="fp32"))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [is_plan(plan) for plan in plans] == [True, True]
+
+
+def test_timings_are_not_taken_where_there_are_none(conv: Path) -> None:
+    with pytest.raises(BackendUnavailableError, match="tensorrt-rtx times no kernels"):
+        build_plan(conv, flavour=RTX, precision="fp32", timing_cache=conv.parent / "timings")
+    assert not (conv.parent / "timings").exists()
+
+
+# Flavours
+
+
+def test_flavours_that_are_not_there() -> None:
+    with pytest.raises(BackendUnavailableError, match=r"no flavour 'openvino'.*tensorrt, tensorrt-rtx"):
+        import_flavour("openvino")
+    try:
+        import tensorrt  # noqa: F401
+    except ImportError:
+        with pytest.raises(BackendUnavailableError, match=r"tensorrt cannot be imported .*docs/gpu.md"):
+            import_flavour("tensorrt")
+
+
+@pytest.mark.parametrize("version", ["0.9.1", "2.0.0"])
+def test_versions_that_were_never_tried(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: ModuleType = import_flavour(RTX)
+    monkeypatch.setattr(module, "__version__", version)
+    with pytest.raises(
+        BackendUnavailableError, match=re.escape(f"{version}; expected at least 1.0, and less than 2.0")
+    ):
+        import_flavour(RTX)

@@ -1,0 +1,143 @@
+"""Real builds of whole bundles with TensorRT-RTX, which needs no GPU for them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from diffloss_engine import BackendError
+from diffloss_engine.bundle import Bundle
+from diffloss_engine.plan_cache import PlanCache
+from diffloss_engine.trt_build import BuildOptions
+from diffloss_export.build import build_bundle
+from diffloss_export.cli import main
+from exports import Exported, edit_json, rehash
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+RTX = "tensorrt-rtx"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a plan cache's folder, which is the user's."""
+    monkeypatch.setenv("DIFFLOSS_CACHE", str(tmp_path / "plans"))
+    return tmp_path / "plans"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("kind", ["two_levels", "adm", "asymmetric_padding"])
+def test_every_graph_becomes_a_plan(kind: str, precision: str, exported: Callable[..., Exported]) -> None:
+    bundle = exported(kind, precision).bundle
+    stages: list[str] = []
+    plans = build_bundle(bundle, flavour=RTX, on_stage=stages.append)
+    assert [plan.graph for plan in plans] == list(bundle.graphs)
+    assert all(plan.bytes > 10_000 and plan.seconds is not None and plan.seconds > 0 for plan in plans)
+    for name in bundle.graphs:
+        assert f"building the {name} graph" in stages
+    again = build_bundle(bundle, flavour=RTX)
+    assert [(plan.graph, plan.bytes, None) for plan in plans] == [
+        (plan.graph, plan.bytes, plan.seconds) for plan in again
+    ]
+
+
+def test_other_options_are_another_plan(bundle: Bundle) -> None:
+    cache = PlanCache()
+    for options in (BuildOptions(), BuildOptions(compute_capabilities=("8.9",))):
+        assert all(plan.seconds for plan in build_bundle(bundle, flavour=RTX, options=options, cache=cache))
+    assert len(cache.list_keys()) == 2 * len(bundle.graphs)
+
+
+def test_a_bundle_that_claims_another_precision_is_not_built(copied: Callable[..., Path], folder: Path) -> None:
+    path = copied()
+    edit_json(path / "manifest.json", lambda manifest: manifest.update(precision="fp16"))
+    with pytest.raises(BackendError, match="not HALF, as expected in fp16"):
+        build_bundle(Bundle.open(path), flavour=RTX)
+    assert not list(folder.glob("*.plan"))
+
+
+def test_another_weight_is_another_plan(copied: Callable[..., Path]) -> None:
+    path = copied()
+    build_bundle(Bundle.open(path), flavour=RTX)
+    weights = path / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    rehash(path)
+    assert all(plan.seconds for plan in build_bundle(Bundle.open(path), flavour=RTX))
+
+
+# The command
+
+
+def test_command(bundle: Bundle, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    assert main(["build", str(bundle.path), "--backend", RTX, "--compute-capability", "8.9"]) == 0
+    out = capsys.readouterr().out
+    for name in bundle.graphs:
+        assert f"{name}: " in out
+    assert "built in" in out
+    assert str(folder) in out
+    assert main(["build", str(bundle.path), "--backend", RTX, "--compute-capability", "8.9"]) == 0
+    assert "built in" not in capsys.readouterr().out
+
+    assert main(["inspect", str(bundle.path)]) == 0
+    assert capsys.readouterr().out.count("plan of tensorrt-rtx") == len(bundle.graphs)
+    assert main(["inspect", str(bundle.path), "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)["plans"]
+    assert plans.keys() == bundle.graphs.keys()
+    assert all(found[0]["options"]["compute_capabilities"] == ["8.9"] for found in plans.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--workspace", "0"], "workspace is 0 bytes"),
+        (["--optimization-level", "9"], "level is 9; expected 0 to 5"),
+        (["--compute-capability", "1.0"], "does not build for compute capability '1.0'"),
+        (["--timing-cache", "t"], "tensorrt-rtx times no kernels"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    arguments: list[str], said: str, bundle: Bundle, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", str(bundle.path), "--backend", RTX, *arguments]) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("diffloss-export: ")
+    assert said in last
+
+
+def test_tensorrt_without_tensorrt(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        import tensorrt  # noqa: F401
+    except ImportError:
+        assert main(["build", str(bundle.path)]) == 2
+        assert "docs/gpu.md says how to install it" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals are sent as POSIX has them")
+def test_interrupted_leaves_no_plan(exported: Callable[..., Exported], folder: Path) -> None:
+    bundle = exported("adm", "fp16").bundle
+    program = (
+        "import os, signal, sys\n"
+        "from diffloss_export import build, cli\n"
+        "def teller(what, on_stage):\n"
+        "    on_stage(what)\n"
+        "    return lambda phase, done: os.kill(os.getpid(), signal.SIGINT) if done > 0 else None\n"
+        "build._teller = teller\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program, "build", str(bundle.path), "--backend", RTX],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 130, process.stderr
+    assert "interrupted" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert not list(folder.glob("*.plan"))
