@@ -29,11 +29,11 @@ from torch import Tensor
 
 from diffloss_engine.bundle import Bundle
 from diffloss_export.pipeline import export_bundle
-from diffloss_export.verify import Probe
 from diffloss_trt import DiffLoss
 from diffloss_trt.contract import SCHEDULE
 from diffloss_trt.gradient import trace_gradient
 from diffloss_trt.objective import combine, mean_square
+from diffloss_trt.probe import Probe
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.unet import TappedUNet, reload_unet
 

@@ -46,7 +46,6 @@ from machine import describe  # noqa: E402
 
 from degradations import low_light, rain  # noqa: E402
 from diffloss_export.models import load_model  # noqa: E402
-from diffloss_export.tolerances import DIFFERENCE, Tolerance  # noqa: E402
 from diffloss_trt import DiffLoss, NoiseSchedule  # noqa: E402
 from diffloss_trt.contract import (  # noqa: E402
     NATURALNESS_WEIGHT,
@@ -59,6 +58,7 @@ from diffloss_trt.contract import (  # noqa: E402
 )
 from diffloss_trt.gradient import trace_gradient  # noqa: E402
 from diffloss_trt.objective import combine, mean_square  # noqa: E402
+from diffloss_trt.tolerances import DIFFERENCE, Tolerance  # noqa: E402
 from diffloss_trt.unet import TappedUNet  # noqa: E402
 from photographs import HELD_OUT, RandomCrops  # noqa: E402
 from results import markdown_table, write_whole  # noqa: E402

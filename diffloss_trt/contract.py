@@ -45,6 +45,7 @@ NOISE: Final = "noise"
 UNET_CONFIG: Final = "unet/config.json"
 UNET_WEIGHTS: Final = "unet/diffusion_pytorch_model.safetensors"
 SCHEDULE: Final = "schedule.json"
+REFERENCE: Final = "reference.safetensors"
 
 PRECISIONS: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -35,6 +35,7 @@ from diffloss_trt.contract import (
 )
 from diffloss_trt.gradient import trace_gradient
 from diffloss_trt.objective import Terms, combine, mean_square
+from diffloss_trt.probe import check_session
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.unet import Features, TappedUNet, reload_unet
 
@@ -190,12 +191,18 @@ class FusedEvaluator(_BundleEvaluator):
         self.sessions: dict[str, Session] = {}
 
     def session(self, name: str) -> Session:
-        """Return the session of a gradient graph; it is opened the first time that it is asked for.
+        """Return the session of a gradient graph; it is opened, and checked, the first time that it is asked for.
 
-        Raises as `open_session` does.
+        Raises as `open_session` does, and ParityError if an engine does not return what the bundle has recorded.
         """
         if name not in self.sessions:
-            self.sessions[name] = self._trace(name) if self.backend == "torch" else self._open(name)
+            if self.backend == "torch":
+                self.sessions[name] = self._trace(name)
+            else:
+                session = self._open(name)
+                # A miscompiled engine must not train anyone's network.
+                check_session(session, name, self.bundle)
+                self.sessions[name] = session
         return self.sessions[name]
 
     def _trace(self, name: str) -> Session:

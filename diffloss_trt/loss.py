@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import BackendUnavailableError, InputError
+from diffloss_engine.errors import BackendError, BackendUnavailableError, InputError, ParityError
 from diffloss_engine.tensors import concrete_device
 from diffloss_trt.contract import GRADIENT, SCHEDULE, SEMANTIC_GRADIENT
 from diffloss_trt.evaluators import EagerEvaluator, Evaluator, FusedEvaluator, RecomputeEvaluator, gradient_graph
@@ -23,6 +23,7 @@ from diffloss_trt.unet import TappedUNet, reload_unet
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
+_FASTEST_FIRST = {"cuda": ("tensorrt", "tensorrt-rtx", "onnxruntime", "torch"), "cpu": ("onnxruntime", "torch")}
 BACKWARDS = ("fused", "recompute")
 
 
@@ -99,8 +100,8 @@ class DiffLoss(nn.Module):
 
         Args:
             bundle: the bundle's folder.
-            backend: "onnxruntime" or "torch", or "auto", which takes the first of these that works here; "tensorrt" or
-                "tensorrt-rtx", which build what they need the first time, in minutes.
+            backend: "tensorrt" or "tensorrt-rtx", which build what they need the first time, in minutes; "onnxruntime";
+                "torch"; or "auto", which takes the first of these that works here.
             device: where images will be; by default the GPU if there is one.
             naturalness_weight: weight of the predicted noise's difference, >= 0; zero leaves its work out.
             semantic_weight: weight of the bottleneck's difference, >= 0.
@@ -114,6 +115,7 @@ class DiffLoss(nn.Module):
             BundleError: the folder is no bundle, or was written by a newer version.
             IntegrityError: a file of the bundle is missing, was altered, or does not belong to it.
             BackendUnavailableError: the backend cannot run here.
+            ParityError: on the images that the bundle carries, the backend's results are wrong.
             InputError, InputTypeError: a setting cannot be used.
         """
         check_settings(naturalness_weight, semantic_weight, reduction, value_range)
@@ -268,13 +270,7 @@ def _has_gradient(bundle: Bundle, backward: str | None) -> bool:
 
 def _open(bundle: Bundle, backend: str, device: torch.device, fused: bool, weights: tuple[float, float]) -> Evaluator:
     if backend == "auto":
-        try:
-            evaluator = _open(bundle, "onnxruntime", device, fused, weights)
-        except BackendUnavailableError as error:
-            logger.warning("backend auto: torch on %s, because onnxruntime cannot run: %s", device, error)
-            return _open(bundle, "torch", device, fused, weights)
-        logger.info("backend auto: onnxruntime on %s", device)
-        return evaluator
+        return _open_fastest(bundle, device, fused, weights)
     if fused:
         evaluator = FusedEvaluator(bundle, backend, device)
         if any(weights):
@@ -284,3 +280,21 @@ def _open(bundle: Bundle, backend: str, device: torch.device, fused: bool, weigh
         schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
         return EagerEvaluator(TappedUNet(reload_unet(bundle, torch.float32, device), schedule), device)
     return RecomputeEvaluator(bundle, backend, device)
+
+
+def _open_fastest(bundle: Bundle, device: torch.device, fused: bool, weights: tuple[float, float]) -> Evaluator:
+    """Open the first backend that runs here and computes rightly, and say which, and why not those before it."""
+    *candidates, last = _FASTEST_FIRST[device.type]
+    reasons, level = "", logging.INFO
+    for backend in candidates:
+        try:
+            evaluator = _open(bundle, backend, device, fused, weights)
+        except (BackendUnavailableError, BackendError, ParityError) as error:
+            reasons += f"; not {backend}, because: {error}"
+            if not isinstance(error, BackendUnavailableError):
+                level = logging.WARNING
+        else:
+            logger.log(level, "backend auto: %s on %s%s", backend, device, reasons)
+            return evaluator
+    logger.warning("backend auto: %s on %s%s", last, device, reasons)
+    return _open(bundle, last, device, fused, weights)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.bundle import Bundle
-from diffloss_export.tolerances import PLAIN_DB
-from diffloss_export.verify import Probe
 from diffloss_trt import DiffLoss
 from diffloss_trt.contract import PRECISIONS, SCHEDULE
 from diffloss_trt.evaluators import EagerEvaluator
+from diffloss_trt.probe import Probe
 from diffloss_trt.schedule import NoiseSchedule
+from diffloss_trt.tolerances import PLAIN_DB
 from diffloss_trt.unet import TappedUNet, reload_unet
 
 _ROUNDS = 7

@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Callable
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +15,19 @@ from diffloss_engine.bundle import Bundle, BundleWriter, file_sha256
 from diffloss_engine.errors import InputError
 from diffloss_export.onnx_write import WeightFile, write_graph
 from diffloss_export.programs import blank_feature_programs, trace
+from diffloss_export.reference import Reference
 from diffloss_export.verify import Report, verify_bundle
-from diffloss_trt.contract import GRADIENT, PRECISIONS, SCHEDULE, SEMANTIC_GRADIENT, UNET_CONFIG, UNET_WEIGHTS
+from diffloss_trt.contract import (
+    GRADIENT,
+    PRECISIONS,
+    REFERENCE,
+    SCHEDULE,
+    SEMANTIC_GRADIENT,
+    UNET_CONFIG,
+    UNET_WEIGHTS,
+)
 from diffloss_trt.gradient import trace_gradient
+from diffloss_trt.probe import CHECK_WEIGHTS, record
 from diffloss_trt.unet import TappedUNet
 
 if TYPE_CHECKING:
@@ -79,10 +90,13 @@ def export_bundle(
         for name, make in programs.items():
             on_stage(f"exporting the {name} graph")
             graphs.append(write_graph(make(), weights))
+        reference = Reference.of_unet(tapped, resolution)
+        if gradient:
+            _record(reference, writer.path / REFERENCE, on_stage)
         reports: list[Report] = []
 
         def check(bundle: Bundle) -> None:
-            reports.append(verify_bundle(bundle, on_stage=on_stage))
+            reports.append(verify_bundle(bundle, reference=reference, on_stage=on_stage))
             reports[0].raise_for_failure()
 
         bundle = writer.commit(
@@ -122,6 +136,15 @@ def _check_finite(tapped: TappedUNet, precision: str) -> None:
     for key, weight in tapped.unet.state_dict().items():
         if not bool(torch.isfinite(weight).all()):
             raise InputError(f"weight {key} is beyond the range of {precision}; use bf16 or fp32")
+
+
+def _record(reference: Reference, path: Path, on_stage: Stage) -> None:
+    """Write what a backend is checked against when it is loaded: a few samples, since that is done often."""
+    for name in CHECK_WEIGHTS:
+        on_stage(f"computing what the {name} graph should return")
+        reference.expected(name)
+    rows = range(len(reference.places))[:3]
+    record(path, reference.probe.part(rows), {name: reference.expected(name).part(rows) for name in CHECK_WEIGHTS})
 
 
 def _write_unet(tapped: TappedUNet, writer: BundleWriter) -> None:

@@ -15,8 +15,8 @@ from degradations import DEGRADATIONS
 from diffloss_engine.bundle import Bundle
 from diffloss_export.cli import main
 from diffloss_export.models import load_model
-from diffloss_export.tolerances import PLAIN
 from diffloss_trt import DiffLoss
+from diffloss_trt.tolerances import PLAIN
 from photographs import HELD_OUT, load
 
 ROOT = Path(__file__).parents[2]

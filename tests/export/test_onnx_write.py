@@ -157,16 +157,19 @@ def test_convolutions_compute_in_the_bundles_precision(exported: Callable[..., E
         types = {tensor.name: tensor.data_type for tensor in graph.initializer}
         makers = {output: node for node in graph.node for output in node.output}
 
-        def source(kernel: str, makers: dict[str, NodeProto] = makers) -> str:
-            """Follow what makes an input gradient's kernel, or doubles the one that an image meets."""
+        def dtype(kernel: str, makers: dict[str, NodeProto] = makers, types: dict[str, int] = types) -> int:
+            """Follow what flips, doubles or sums a kernel, to the weight or to the last conversion."""
             while kernel in makers:
-                assert makers[kernel].op_type in ("Concat", "Reshape", "Transpose", "Slice", "Pad")
-                kernel = makers[kernel].input[0]
-            return kernel
+                node = makers[kernel]
+                if node.op_type == "Cast":
+                    return int(node.attribute[0].i)
+                assert node.op_type in ("Concat", "Reshape", "Transpose", "Slice", "Pad")
+                kernel = node.input[0]
+            return types[kernel]
 
-        kernels = [source(node.input[1]) for node in graph.node if node.op_type == "Conv"]
+        kernels = [node.input[1] for node in graph.node if node.op_type == "Conv"]
         assert kernels
-        assert {types[kernel] for kernel in kernels} == {wanted}
+        assert {dtype(kernel) for kernel in kernels} == {wanted}
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS.values(), ids=str)

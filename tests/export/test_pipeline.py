@@ -13,8 +13,8 @@ from torch import nn
 
 from diffloss_engine.bundle import Bundle, file_sha256
 from diffloss_engine.errors import InputError, ModelError, ParityError
-from diffloss_export import tolerances
 from diffloss_export.pipeline import check_resolution, export_bundle
+from diffloss_trt import tolerances
 from diffloss_trt.contract import (
     ENCODER,
     GRADIENT,

@@ -15,8 +15,7 @@ from onnx import TensorProto, helper
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BundleError, IntegrityError, ParityError
 from diffloss_export.pipeline import export_bundle
-from diffloss_export.tolerances import DIFFERENCE, PLAIN, Tolerance
-from diffloss_export.verify import Probe, Report, Row, verify_bundle
+from diffloss_export.verify import Report, Row, verify_bundle
 from diffloss_trt.contract import (
     ENCODER,
     GRADIENT,
@@ -26,7 +25,9 @@ from diffloss_trt.contract import (
     UNET_CONFIG,
     UNET_WEIGHTS,
 )
+from diffloss_trt.probe import Probe
 from diffloss_trt.schedule import NoiseSchedule
+from diffloss_trt.tolerances import DIFFERENCE, PLAIN, Tolerance
 from exports import Exported, edit_json, make_model, make_schedule, read_graph, rehash, repoint
 
 RECOMPUTED = ("recomputed loss", "recomputed semantic loss alone")

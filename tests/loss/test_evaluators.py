@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BackendError, BackendUnavailableError
-from diffloss_export.tolerances import DIFFERENCE, PLAIN
 from diffloss_trt import DiffLoss, NoiseSchedule
 from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
 from diffloss_trt.evaluators import FusedEvaluator, RecomputeEvaluator
+from diffloss_trt.tolerances import DIFFERENCE, PLAIN
 from exports import edit_json
 from unets import make_unet
 

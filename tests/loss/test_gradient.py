@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.errors import ModelError
-from diffloss_export.tolerances import DIFFERENCE, DIFFERENCE_DB, WHOLE_SCHEDULE, Tolerance
-from diffloss_export.verify import Probe
 from diffloss_trt import DiffLoss
 from diffloss_trt.contract import GRADIENT, NATURALNESS, PRECISIONS, SEMANTIC, SEMANTIC_GRADIENT
 from diffloss_trt.gradient import trace_gradient
+from diffloss_trt.probe import Probe
+from diffloss_trt.tolerances import DIFFERENCE, DIFFERENCE_DB, WHOLE_SCHEDULE, Tolerance
 from diffloss_trt.traced import TracedProgram
 from diffloss_trt.unet import TappedUNet
 from exports import make_schedule

@@ -1,0 +1,183 @@
+"""Images to compare a loss on, what it should be there, and how far off it is; a bundle carries some of both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffloss_engine.batching import run_batched
+from diffloss_engine.bundle import Bundle
+from diffloss_engine.errors import BundleError, ParityError
+from diffloss_engine.session import Session
+from diffloss_trt.contract import (
+    GRADIENT,
+    NATURALNESS,
+    NATURALNESS_WEIGHT,
+    NOISE,
+    REFERENCE,
+    RESTORED,
+    SEMANTIC,
+    SEMANTIC_GRADIENT,
+    SEMANTIC_WEIGHT,
+    TARGET,
+    TIMESTEPS,
+)
+from diffloss_trt.tolerances import DIFFERENCE, Tolerance
+
+# The weights of naturalness and semantic with which each gradient graph is compared: balanced, so that an error in
+# either term shows in the gradient.
+CHECK_WEIGHTS: Final = {GRADIENT: (1.0, 1.0), SEMANTIC_GRADIENT: (0.0, 1.0)}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Images to compare on, in [-1, 1], [N, C, H, W]: float64 tensors of float32 numbers."""
+
+    target: Tensor
+    restored: Tensor
+    noise: Tensor
+    timesteps: Tensor
+
+    @classmethod
+    def make(
+        cls, channels: int, resolution: tuple[int, int], timesteps: Tensor, decibels: Sequence[float], seed: int = 0
+    ) -> Probe:
+        """Draw one target for each of `timesteps` [N], with the falling spectrum of photographs.
+
+        `restored` is that and white noise, of a PSNR of so many `decibels` [N].
+        """
+        generator = torch.Generator().manual_seed(seed)
+        shape = (len(timesteps), channels, *resolution)
+
+        def normal() -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        frequency = torch.hypot(
+            *torch.meshgrid(*(torch.fft.fftfreq(side).double() for side in resolution), indexing="ij")
+        )
+        spectrum = torch.fft.fft2(normal()) / frequency.clamp(min=1 / max(resolution))
+        image = torch.fft.ifft2(spectrum).real
+        target = (image / (3 * image.std(dim=(1, 2, 3), keepdim=True))).clamp(-1, 1)
+        error = 2 * 10 ** (-torch.tensor(decibels, dtype=torch.float64) / 20)
+        restored = target + error.view(-1, 1, 1, 1) * normal()
+        target, restored, noise = (image.float().double() for image in (target, restored, normal()))
+        return cls(target, restored, noise, timesteps)
+
+    def part(self, rows: Sequence[int]) -> Probe:
+        """Return some of the samples."""
+        return Probe(self.target[rows], self.restored[rows], self.noise[rows], self.timesteps[rows])
+
+
+@dataclass(frozen=True)
+class Result:
+    """The loss on a probe, for each sample, in float64: terms [N] (None: not computed) and gradient [N, C, H, W]."""
+
+    naturalness: Tensor | None
+    semantic: Tensor
+    gradient: Tensor
+
+    def part(self, rows: Sequence[int]) -> Result:
+        """Return some of the samples."""
+        naturalness = None if self.naturalness is None else self.naturalness[rows]
+        return Result(naturalness, self.semantic[rows], self.gradient[rows])
+
+
+class Deviation(NamedTuple):
+    """The worst error of one quantity over the samples, and what is allowed."""
+
+    quantity: str
+    error: float
+    tolerance: float
+
+
+def run_gradient(session: Session, probe: Probe, weights: tuple[float, float]) -> Result:
+    """Run a gradient graph on a probe, with weights for naturalness and semantic."""
+    tensors = {RESTORED: probe.restored, TARGET: probe.target, NOISE: probe.noise, TIMESTEPS: probe.timesteps}
+    for name, weight in zip((NATURALNESS_WEIGHT, SEMANTIC_WEIGHT), weights, strict=True):
+        tensors[name] = torch.full((len(probe.timesteps),), weight)
+    results = run_batched(
+        session, {spec.name: tensors[spec.name].to(session.device).float() for spec in session.inputs}
+    )
+    results = {name: value.cpu().double() for name, value in results.items()}
+    return Result(results.get(NATURALNESS), results[SEMANTIC], results[GRADIENT])
+
+
+def deviations(found: Result, expected: Result, tolerance: Tolerance) -> list[Deviation]:
+    """Compare terms and gradient, sample by sample."""
+    terms = {SEMANTIC: (found.semantic, expected.semantic)}
+    if found.naturalness is not None and expected.naturalness is not None:
+        terms[NATURALNESS] = (found.naturalness, expected.naturalness)
+    rows = [Deviation(name, worst_ratio((a - b).abs(), b), tolerance.term) for name, (a, b) in terms.items()]
+    a, b = found.gradient.flatten(1), expected.gradient.flatten(1)
+    rows.append(Deviation(GRADIENT, worst_ratio((a - b).norm(dim=1), b.norm(dim=1)), tolerance.gradient))
+    product = a.norm(dim=1) * b.norm(dim=1)
+    error = worst_ratio(product - (a * b).sum(1), product)
+    return [*rows, Deviation("1 - cosine of gradient", error, 1 - tolerance.cosine)]
+
+
+def worst_ratio(error: Tensor, size: Tensor) -> float:
+    """Return the largest error / size; both are zero where a schedule ends in pure noise."""
+    ratios = torch.where(error == 0, 0.0, error / size)
+    return float(torch.where(ratios.isfinite(), ratios, torch.inf).max())
+
+
+def record(path: Path, probe: Probe, expected: Mapping[str, Result]) -> None:
+    """Write a probe, and what each gradient graph should return on it with `CHECK_WEIGHTS`, as a safetensors file."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = asdict(probe)
+    for graph, result in expected.items():
+        tensors |= {f"{graph}.{name}": tensor for name, tensor in asdict(result).items() if tensor is not None}
+    # In float32: probes hold no more, and results are compared less exactly than that.
+    save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def recorded(bundle: Bundle) -> tuple[Probe, dict[str, Result]] | None:
+    """Return what `record` wrote into a bundle, or None if it has no such file.
+
+    Raises IntegrityError if the file was altered, BundleError if it is not of the bundle's images.
+    """
+    if REFERENCE not in bundle.files:
+        return None
+    from safetensors.torch import load_file
+
+    path = bundle.file(REFERENCE)
+    try:
+        tensors = {name: tensor.double() for name, tensor in load_file(path).items()}
+        probe = Probe(*(tensors[name] for name in ("target", "restored", "noise", "timesteps")))
+        expected = {
+            graph: Result(
+                tensors.get(f"{graph}.{NATURALNESS}"), tensors[f"{graph}.{SEMANTIC}"], tensors[f"{graph}.{GRADIENT}"]
+            )
+            for graph in CHECK_WEIGHTS
+            if graph in bundle.graphs
+        }
+    # safetensors has an error class of its own, which derives from Exception alone.
+    except Exception as error:
+        raise BundleError(f"{path} does not hold reference values: {error}") from error
+    images = [probe.target, probe.restored, probe.noise, *(result.gradient for result in expected.values())]
+    numbers = [probe.timesteps, *(result.semantic for result in expected.values())]
+    sizes, counts = {tuple(image.shape[2:]) for image in images}, {len(tensor) for tensor in (*images, *numbers)}
+    if sizes != {bundle.resolution} or len(counts) != 1:
+        raise BundleError(f"{path} does not hold reference values for images of {bundle.resolution}")
+    return probe, expected
+
+
+def check_session(session: Session, graph: str, bundle: Bundle) -> None:
+    """Raise ParityError unless a gradient graph's session gives what the bundle has recorded for it, if it has."""
+    found = recorded(bundle)
+    if found is None:
+        return
+    probe, expected = found
+    result = run_gradient(session, probe, CHECK_WEIGHTS[graph])
+    for quantity, error, tolerance in deviations(result, expected[graph], DIFFERENCE[bundle.precision]):
+        if not error <= tolerance:  # nor if it is not a number
+            raise ParityError(
+                f"{session.backend} on {session.device} computes the {graph} graph wrongly: on the images that the "
+                f"bundle carries for this check, {quantity} is off by {error:.2g}, and {tolerance:.2g} is allowed"
+            )

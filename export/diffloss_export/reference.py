@@ -1,0 +1,107 @@
+"""What a UNet's graphs should return: eager PyTorch in float64, which is exact enough, and slow."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from diffloss_engine.bundle import Bundle
+from diffloss_export.programs import Program, feature_programs
+from diffloss_trt import DiffLoss
+from diffloss_trt.contract import SCHEDULE
+from diffloss_trt.probe import CHECK_WEIGHTS, Probe, Result
+from diffloss_trt.schedule import NoiseSchedule
+from diffloss_trt.tolerances import PLAIN_DB
+from diffloss_trt.unet import TappedUNet, reload_unet
+
+# Where the loss is compared: timesteps as fractions of the last one, and the restored image's PSNR in dB.
+_PLACES = ((0.0, 35.0), (0.01, 20.0), (0.1, 50.0), (0.5, 20.0), (1.0, 35.0))
+# Of a network whose parameters times pixels are more than this, a step in float64 takes minutes.
+_LARGE = 1e12
+_ONE_PLACE = ((0.1, 20.0),)
+
+
+class Reference:
+    """A UNet in float64, and the images to compare on.
+
+    tapped: with the stored weights, widened; it is taken over. Its memory goes with `release`.
+    places: where images are compared: timesteps as fractions of the last one, and decibels.
+    """
+
+    def __init__(self, tapped: TappedUNet, resolution: tuple[int, int]) -> None:
+        parameters = sum(parameter.numel() for parameter in tapped.unet.parameters())
+        self.places = _PLACES if parameters * math.prod(resolution) < _LARGE else _ONE_PLACE
+        self.probe = self._probe(tapped, resolution, [decibels for _, decibels in self.places])
+        self._noisier = self._probe(tapped, resolution, [PLAIN_DB] * len(self.places))
+        self._expected: dict[str, Result] = {}
+        # The tape of a large UNet in float64 fills a machine.
+        tapped.unet.enable_gradient_checkpointing()
+        self._tapped: TappedUNet | None = tapped
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle) -> Self:
+        """Return the reference for a bundle's graphs: its own UNet."""
+        schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
+        return cls(TappedUNet(reload_unet(bundle, torch.float64, torch.device("cpu")), schedule), bundle.resolution)
+
+    @classmethod
+    def of_unet(cls, tapped: TappedUNet, resolution: tuple[int, int]) -> Self:
+        """Return the reference for graphs to be made of a UNet, which is left as it is."""
+        return cls(TappedUNet(copy.deepcopy(tapped.unet).double(), tapped.schedule), resolution)
+
+    def _probe(self, tapped: TappedUNet, resolution: tuple[int, int], decibels: Sequence[float]) -> Probe:
+        timesteps = torch.tensor([round(place * (len(tapped.schedule) - 1)) for place, _ in self.places])
+        return Probe.make(tapped.channels, resolution, timesteps, decibels)
+
+    def programs(self) -> tuple[Program, Program]:
+        """Return encoder and noise head, and what they are fed."""
+        tapped, probe = self._there(), self._noisier
+        noisy = tapped.schedule.add_noise(probe.restored, probe.noise, probe.timesteps)
+        return feature_programs(tapped, noisy, probe.timesteps.double())
+
+    def expected(self, graph: str) -> Result:
+        """Return what a gradient graph should return on `probe` with the weights to check it with."""
+        if graph not in self._expected:
+            tapped = self._there()
+            loss = DiffLoss.from_unet(tapped.unet, tapped.schedule, value_range=(-1.0, 1.0), reduction="none")
+            # One sample at a time, for the sake of memory.
+            samples = [
+                run_loss(loss, self.probe.part([row]), CHECK_WEIGHTS[graph], torch.float64)
+                for row in range(len(self.places))
+            ]
+            terms = [sample.naturalness for sample in samples if sample.naturalness is not None]
+            self._expected[graph] = Result(
+                torch.cat(terms) if terms else None,
+                torch.cat([sample.semantic for sample in samples]),
+                torch.cat([sample.gradient for sample in samples]),
+            )
+        return self._expected[graph]
+
+    def release(self) -> None:
+        """Forget the UNet; what it was asked for is kept."""
+        self._tapped = None
+
+    def _there(self) -> TappedUNet:
+        assert self._tapped is not None, "asked for more after its release"
+        return self._tapped
+
+
+def run_loss(loss: DiffLoss, probe: Probe, weights: tuple[float, float], dtype: torch.dtype) -> Result:
+    """Return terms and gradient of a loss that takes images in [-1, 1], with weights for naturalness and semantic."""
+    loss.naturalness_weight, loss.semantic_weight = weights
+    place = loss.device
+    restored = probe.restored.to(place, dtype).requires_grad_()
+    terms = loss.terms(
+        restored, probe.target.to(place, dtype), timesteps=probe.timesteps.to(place), noise=probe.noise.to(place, dtype)
+    )
+    (gradient,) = torch.autograd.grad(terms.total.sum(), restored)
+
+    def returned(tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu().double()
+
+    return Result(returned(terms.naturalness) if weights[0] else None, returned(terms.semantic), returned(gradient))

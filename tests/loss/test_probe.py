@@ -1,0 +1,157 @@
+"""Reference values in a bundle, and engines that are checked with them when they are loaded."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffloss_engine.bundle import Bundle
+from diffloss_engine.errors import BundleError, IntegrityError, ParityError
+from diffloss_trt import DiffLoss, NoiseSchedule
+from diffloss_trt.contract import GRADIENT, REFERENCE, SEMANTIC_GRADIENT
+from diffloss_trt.probe import Probe, Result, deviations, record, recorded
+from diffloss_trt.tolerances import DIFFERENCE
+from exports import edit_json, rehash, repoint
+
+Exported = tuple[Path, Any, NoiseSchedule]
+
+
+@pytest.fixture
+def copied(exported: Exported, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported[0], tmp_path / "copied"))
+
+
+def rewrite(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / REFERENCE)
+    edit(tensors)
+    save_file(tensors, folder / REFERENCE)
+    rehash(folder)
+
+
+def leave_out_reference(folder: Path) -> None:
+    (folder / REFERENCE).unlink()
+    edit_json(folder / "manifest.json", lambda manifest: manifest["files"].pop(REFERENCE))
+
+
+def test_what_is_recorded_is_the_eager_loss(exported: Exported) -> None:
+    folder, unet, schedule = exported
+    found = recorded(Bundle.open(folder))
+    assert found is not None
+    probe, expected = found
+    assert expected.keys() == {GRADIENT, SEMANTIC_GRADIENT}
+    for graph, result in expected.items():
+        loss = DiffLoss.from_unet(
+            unet,
+            schedule,
+            naturalness_weight=float(graph == GRADIENT),
+            semantic_weight=1.0,
+            value_range=(-1, 1),
+            reduction="none",
+        )
+        restored = probe.restored.clone().requires_grad_()
+        terms = loss.terms(restored, probe.target, noise=probe.noise, timesteps=probe.timesteps.long())
+        (gradient,) = torch.autograd.grad(terms.total.sum(), restored)
+        torch.testing.assert_close(result.gradient, gradient, rtol=1e-6, atol=1e-6 * float(gradient.abs().max()))
+        torch.testing.assert_close(result.semantic, terms.semantic, rtol=1e-6, atol=0)
+        if graph == GRADIENT:
+            torch.testing.assert_close(result.naturalness, terms.naturalness, rtol=1e-6, atol=0)
+        else:
+            assert result.naturalness is None
+
+
+@pytest.mark.parametrize("weights", [(1e-3, 1e-6), (0.0, 1.0)])
+def test_an_engine_that_computes_wrongly_is_not_used(
+    weights: tuple[float, float], copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The graphs have one weight in another's place, as a miscompiled engine might."""
+    for graph in (GRADIENT, SEMANTIC_GRADIENT):
+        repoint(copied / f"{graph}.onnx", "mid_block.resnets.0.conv1.weight")
+    rehash(copied)
+    settings = {"naturalness_weight": weights[0], "semantic_weight": weights[1], "device": "cpu"}
+    name = GRADIENT if weights[0] else SEMANTIC_GRADIENT
+    with pytest.raises(ParityError, match=f"onnxruntime on cpu computes the {name} graph wrongly.* is off by"):
+        DiffLoss.load(copied, "onnxruntime", **settings)  # type: ignore[arg-type]
+    with caplog.at_level(logging.WARNING):
+        loss = DiffLoss.load(copied, "auto", **settings)  # type: ignore[arg-type]
+    assert loss.evaluator.backend == "torch"
+    (record,) = caplog.records
+    assert "torch on cpu; not onnxruntime, because" in record.getMessage()
+    assert "wrongly" in record.getMessage()
+
+
+def test_one_wrong_value_is_seen(copied: Path) -> None:
+    rewrite(copied, lambda tensors: tensors[f"{GRADIENT}.naturalness"].mul_(1 + 3e-5))
+    with pytest.raises(ParityError, match="naturalness is off by 3e-05, and 1e-05 is allowed"):
+        DiffLoss.load(copied, "onnxruntime", "cpu")
+
+
+def test_values_that_are_no_numbers_are_seen(copied: Path) -> None:
+    rewrite(copied, lambda tensors: tensors[f"{GRADIENT}.gradient"][0].fill_(torch.nan))
+    with pytest.raises(ParityError, match="gradient is off by inf"):
+        DiffLoss.load(copied, "onnxruntime", "cpu")
+
+
+def test_a_bundle_without_reference_values_is_loaded(copied: Path) -> None:
+    leave_out_reference(copied)
+    assert recorded(Bundle.open(copied)) is None
+    assert DiffLoss.load(copied, "onnxruntime", "cpu").evaluator.backend == "onnxruntime"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda tensors: tensors.pop("target"),
+        lambda tensors: tensors.pop(f"{GRADIENT}.semantic"),
+        lambda tensors: tensors.update(noise=tensors["noise"][:, :, 1:].contiguous()),
+        lambda tensors: tensors.update(timesteps=tensors["timesteps"][1:]),
+    ],
+    ids=["no target", "no semantic", "another size", "another count"],
+)
+def test_a_file_that_does_not_fit(edit: Callable[[dict[str, Tensor]], object], copied: Path) -> None:
+    rewrite(copied, edit)
+    with pytest.raises(BundleError, match="does not hold reference values"):
+        DiffLoss.load(copied, "onnxruntime", "cpu")
+
+
+def test_a_file_that_is_no_safetensors_file(copied: Path) -> None:
+    (copied / REFERENCE).write_bytes(b"nothing of the kind")
+    rehash(copied)
+    with pytest.raises(BundleError, match="does not hold reference values"):
+        DiffLoss.load(copied, "onnxruntime", "cpu")
+
+
+def test_an_altered_file(copied: Path) -> None:
+    content = bytearray((copied / REFERENCE).read_bytes())
+    content[-1] ^= 1
+    (copied / REFERENCE).write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"reference\.safetensors was altered"):
+        DiffLoss.load(copied, "onnxruntime", "cpu")
+
+
+def test_record_keeps_what_it_is_given(tmp_path: Path) -> None:
+    probe = Probe.make(3, (8, 8), torch.tensor([0, 5]), [20.0, 50.0])
+    result = Result(None, torch.rand(2, dtype=torch.float64), torch.rand(2, 3, 8, 8, dtype=torch.float64))
+    record(tmp_path / REFERENCE, probe, {SEMANTIC_GRADIENT: result})
+    tensors = load_file(tmp_path / REFERENCE)
+    assert torch.equal(tensors["restored"].double(), probe.restored)
+    assert torch.equal(tensors[f"{SEMANTIC_GRADIENT}.semantic"], result.semantic.float())
+    assert f"{SEMANTIC_GRADIENT}.naturalness" not in tensors
+
+
+def test_deviations_are_of_the_worst_sample() -> None:
+    expected = Result(torch.ones(3), torch.tensor([1.0, 2.0, 0.0]), torch.ones(3, 1, 2, 2))
+    found = Result(torch.ones(3), torch.tensor([1.0, 2.2, 0.0]), torch.ones(3, 1, 2, 2))
+    found.gradient[1] = -1
+    errors = {row.quantity: row.error for row in deviations(found, expected, DIFFERENCE["fp32"])}
+    assert errors["semantic"] == pytest.approx(0.1)
+    assert errors["naturalness"] == 0
+    assert errors["gradient"] == pytest.approx(2)
+    assert errors["1 - cosine of gradient"] == pytest.approx(2)
