@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffloss_engine.errors import ModelError
 from diffloss_trt.capture import Captured
 from diffloss_trt.contract import BOTTLENECK, ENCODER, NOISE, NOISE_HEAD, NOISY, TIME_EMBEDDING, TIMESTEPS, skip_name
+from diffloss_trt.objective import wide
 from diffloss_trt.traced import Tensors, TracedProgram
 from diffloss_trt.unet import Encoded, TappedUNet
+
+_SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,13 @@ def trace(program: Program) -> TracedProgram:
     captured = Captured(program.name, program.module, tuple(program.inputs.values()))
     state = {key.removeprefix("tapped.unet."): weight for key, weight in program.module.named_parameters()}
 
-    def run(inputs: Tensors, weights: Tensors, constants: Tensors) -> tuple[Tensor, ...]:
-        return captured.run(tuple(inputs.values()), weights, constants)
+    def execute(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _attention(*args, **kwargs) if target is _SDPA else target(*args, **kwargs)
 
-    # The other forms of attention are single operations of one runtime.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    def run(inputs: Tensors, weights: Tensors, constants: Tensors) -> tuple[Tensor, ...]:
+        return captured.run(tuple(inputs.values()), weights, constants, execute)
+
+    with torch.no_grad():
         return TracedProgram.trace(
             program.name,
             run,
@@ -56,6 +63,19 @@ def trace(program: Program) -> TracedProgram:
             captured.constants,
             program.outputs,
         )
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, *masks: Any, scale: float | None = None, **more: Any
+) -> Tensor:
+    """`F.scaled_dot_product_attention`: products in the precision of the tensors, softmax in float32 at least.
+
+    PyTorch's own decomposition widens the products too.
+    """
+    if any(masks) or any(more.values()):
+        raise ModelError("attention with a mask, dropout or grouped queries cannot be exported")
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return wide((query * factor) @ key.mT).softmax(-1).to(value.dtype) @ value
 
 
 def encoder_outputs(encoded: Encoded) -> dict[str, Tensor]:
