@@ -20,8 +20,8 @@ from rich.table import Table
 
 from diffloss_export.pipeline import export_bundle
 
-# The first stage of the replay: what is before it is the export itself.
-_REPLAY = "checking hashes"
+# How the stages of the export itself begin; the others compare it with float64.
+_EXPORT = ("writing", "exporting")
 
 
 class Stages:
@@ -69,8 +69,8 @@ def main() -> None:
         )
         stages.end()
         bundle_bytes = sum(entry.bytes for entry in bundle.files.values())
-    first = next(index for index, row in enumerate(stages.rows) if row["stage"] == _REPLAY)
-    export, whole = stages.rows[1:first], stages.rows[1:]
+    whole = stages.rows[1:]
+    export = [row for row in whole if row["stage"].startswith(_EXPORT)]
     result = {
         **describe(),
         "configuration": args.configuration,

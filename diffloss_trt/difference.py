@@ -9,8 +9,8 @@ one power of two `s` for each sample that keeps `d` at order one. No rule here s
 - the others have a closed form of (f(v + s d) - f(v)) / s, computed in float32 at least.
 
 Going back, each rule gives the ordinary input gradient of f at `v + s d`: the gradient of the restored branch alone.
-Convolutions and matrix products have the network's own precision; sums, group norm, silu and softmax work, and return,
-in float32 at least.
+Convolutions and matrix products have the network's own precision, but for the first convolution, of the noisy image;
+that, sums, group norm, silu and softmax work, and return, in float32 at least.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from diffloss_trt.objective import per_sample, wide
 aten = torch.ops.aten
 
 # Of convolutions with as few input channels the input is an image.
-_IMAGE_CHANNELS = 4
+IMAGE_CHANNELS = 4
 
 # What an operation's input gradient is, from the gradient of its output: one tensor for each of its pairs.
 Pullback = Callable[[Tensor], "Sequence[Tensor]"]
@@ -118,15 +118,13 @@ def conv2d(
     def back(g: Tensor) -> Sequence[Tensor]:
         return [conv2d_input_gradient(tape.narrow(g), weight, (height, width), stride, padding, groups)]
 
-    value, kernel = tape.narrow(x.value), weight
-    if weight.shape[1] <= _IMAGE_CHANNELS and groups == 1 and x.value.dtype != tape.dtype:
-        # A noisy image: at small timesteps the noise, which is what the UNet looks at, is as small as half precision's
-        # rounding. So the image comes in two parts, which together have twice the digits.
-        value = torch.cat([value, tape.narrow(x.value - value)], 1)
-        kernel = torch.cat([weight, weight], 1)
+    # At small timesteps the noise in a noisy image, which is what the UNet looks at, is as small as half precision's
+    # rounding; and the convolution of so few channels is little work.
+    narrow = wide if weight.shape[1] <= IMAGE_CHANNELS and groups == 1 else tape.narrow
+    kernel, offset = narrow(weight), None if bias is None else narrow(bias)
     return tape.record(
-        F.conv2d(value, kernel, bias, stride, padding, groups=groups),
-        F.conv2d(tape.narrow(x.difference), weight, None, stride, padding, groups=groups),
+        F.conv2d(narrow(x.value), kernel, offset, stride, padding, groups=groups),
+        F.conv2d(narrow(x.difference), kernel, None, stride, padding, groups=groups),
         [x],
         back,
     )

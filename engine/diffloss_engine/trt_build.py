@@ -18,6 +18,8 @@ FLAVOURS = tuple(_MODULES)
 
 _COMPATIBILITY = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
 _DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+# Of convolutions with as few input channels the input is an image.
+_IMAGE_CHANNELS = 4
 # Of how many nodes that the parser refuses a message speaks.
 _NAMED = 10
 
@@ -170,8 +172,8 @@ def _parse(trt: ModuleType, builder: Any, logger: Any, graph_file: Path) -> Any:
 def check_precision(trt: ModuleType, network: Any, precision: str) -> None:
     """Raise BackendError unless all convolutions and matrix products of a parsed network have this precision.
 
-    Products of as many rows as the batch, one vector for each sample, are left out: a time embedding is computed
-    more precisely than images.
+    Two kinds may be more precise. Convolutions of images, of at most four channels: at a UNet's input rounding does
+    harm. And products of as many rows as the batch, one vector for each sample, such as a time embedding.
     """
     wanted = getattr(trt.DataType, _DTYPES[precision])
     batch = network.get_input(0).shape[0]
@@ -181,11 +183,14 @@ def check_precision(trt: ModuleType, network: Any, precision: str) -> None:
         if layer.type not in (trt.LayerType.CONVOLUTION, trt.LayerType.MATRIX_MULTIPLY):
             continue
         output = layer.get_output(0)
-        of_vectors = layer.type == trt.LayerType.MATRIX_MULTIPLY and tuple(output.shape[:-1]) == (batch,)
+        if layer.type == trt.LayerType.CONVOLUTION:
+            exempt = layer.get_input(0).shape[1] <= _IMAGE_CHANNELS
+        else:
+            exempt = tuple(output.shape[:-1]) == (batch,)
         # Weights that are constants are not among the inputs.
         inputs = [layer.get_input(place) for place in range(layer.num_inputs)]
         dtypes = {tensor.dtype for tensor in (*inputs, output) if tensor is not None}
-        if not of_vectors and dtypes != {wanted}:
+        if dtypes != {wanted} and not (exempt and dtypes == {trt.DataType.FLOAT}):
             wrong.append(f"{layer.name} ({', '.join(sorted(dtype.name for dtype in dtypes))})")
     if wrong:
         raise BackendError(
@@ -206,6 +211,8 @@ def _configure(trt: ModuleType, flavour: str, config: Any, options: BuildOptions
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.compute_capabilities:
         _set_compute_capabilities(trt, flavour, config, options.compute_capabilities)
+    # TF32 has fp16's mantissa, in a graph that asks for fp32.
+    config.clear_flag(trt.BuilderFlag.TF32)
     # For the layers' names and types in profiles and in the check of an engine.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
 

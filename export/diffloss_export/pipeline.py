@@ -27,7 +27,7 @@ from diffloss_trt.contract import (
     UNET_WEIGHTS,
 )
 from diffloss_trt.gradient import trace_gradient
-from diffloss_trt.probe import CHECK_WEIGHTS, record
+from diffloss_trt.probe import record
 from diffloss_trt.unet import TappedUNet
 
 if TYPE_CHECKING:
@@ -140,11 +140,9 @@ def _check_finite(tapped: TappedUNet, precision: str) -> None:
 
 def _record(reference: Reference, path: Path, on_stage: Stage) -> None:
     """Write what a backend is checked against when it is loaded: a few samples, since that is done often."""
-    for name in CHECK_WEIGHTS:
-        on_stage(f"computing what the {name} graph should return")
-        reference.expected(name)
+    reference.compute(on_stage)
     rows = range(len(reference.places))[:3]
-    record(path, reference.probe.part(rows), {name: reference.expected(name).part(rows) for name in CHECK_WEIGHTS})
+    record(path, reference.probe.part(rows), {name: result.part(rows) for name, result in reference.expected.items()})
 
 
 def _write_unet(tapped: TappedUNet, writer: BundleWriter) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -31,6 +31,7 @@ class Reference:
 
     tapped: with the stored weights, widened; it is taken over. Its memory goes with `release`.
     places: where images are compared: timesteps as fractions of the last one, and decibels.
+    expected: what each gradient graph should return on `probe`, once it has been computed.
     """
 
     def __init__(self, tapped: TappedUNet, resolution: tuple[int, int]) -> None:
@@ -38,7 +39,7 @@ class Reference:
         self.places = _PLACES if parameters * math.prod(resolution) < _LARGE else _ONE_PLACE
         self.probe = self._probe(tapped, resolution, [decibels for _, decibels in self.places])
         self._noisier = self._probe(tapped, resolution, [PLAIN_DB] * len(self.places))
-        self._expected: dict[str, Result] = {}
+        self.expected: dict[str, Result] = {}
         # The tape of a large UNet in float64 fills a machine.
         tapped.unet.enable_gradient_checkpointing()
         self._tapped: TappedUNet | None = tapped
@@ -64,9 +65,10 @@ class Reference:
         noisy = tapped.schedule.add_noise(probe.restored, probe.noise, probe.timesteps)
         return feature_programs(tapped, noisy, probe.timesteps.double())
 
-    def expected(self, graph: str) -> Result:
-        """Return what a gradient graph should return on `probe` with the weights to check it with."""
-        if graph not in self._expected:
+    def compute(self, on_stage: Callable[[str], None]) -> None:
+        """Compute, once, what each gradient graph should return on `probe` with the weights to check it with."""
+        for graph in (graph for graph in CHECK_WEIGHTS if graph not in self.expected):
+            on_stage(f"computing what the {graph} graph should return")
             tapped = self._there()
             loss = DiffLoss.from_unet(tapped.unet, tapped.schedule, value_range=(-1.0, 1.0), reduction="none")
             # One sample at a time, for the sake of memory.
@@ -75,15 +77,14 @@ class Reference:
                 for row in range(len(self.places))
             ]
             terms = [sample.naturalness for sample in samples if sample.naturalness is not None]
-            self._expected[graph] = Result(
+            self.expected[graph] = Result(
                 torch.cat(terms) if terms else None,
                 torch.cat([sample.semantic for sample in samples]),
                 torch.cat([sample.gradient for sample in samples]),
             )
-        return self._expected[graph]
 
     def release(self) -> None:
-        """Forget the UNet; what it was asked for is kept."""
+        """Forget the UNet; what has been computed is kept."""
         self._tapped = None
 
     def _there(self) -> TappedUNet:

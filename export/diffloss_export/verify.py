@@ -102,16 +102,14 @@ def verify_bundle(
             with closing(replay.open(program.name)) as session:
                 _compare_graph(report, program, session, FEATURE[replay.precision])
         del program
-        for name in CHECK_WEIGHTS:
-            on_stage(f"computing what the {name} graph should return")
-            reference.expected(name)
+        reference.compute(on_stage)
         reference.release()
         for name in (name for name in CHECK_WEIGHTS if name in bundle.graphs):
             on_stage(f"replaying the {name} graph")
             for check, session, precision in replay.open_gradient(name):
                 with closing(session):
                     found = run_gradient(session, reference.probe, CHECK_WEIGHTS[name])
-                _compare(report, check, found, reference.expected(name), DIFFERENCE[precision])
+                _compare(report, check, found, reference.expected[name], DIFFERENCE[precision])
     on_stage("comparing loss and gradient of PyTorch's backward")
     loss = DiffLoss.load(
         bundle.path, report.backend, device, backward="recompute", value_range=(-1.0, 1.0), reduction="none"
@@ -122,7 +120,7 @@ def verify_bundle(
     for name, weights in CHECK_WEIGHTS.items():
         found = run_loss(loss, reference.probe.part(rows), weights, torch.float32)
         check = "recomputed loss" if weights[0] else "recomputed semantic loss alone"
-        _compare(report, check, found, reference.expected(name).part(rows), plain)
+        _compare(report, check, found, reference.expected[name].part(rows), plain)
     return report
 
 

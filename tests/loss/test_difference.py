@@ -79,6 +79,7 @@ def norm_case(groups: int, x: Sequence[int], *time: Sequence[int], activate: boo
 
 CASES: dict[str, Case] = {
     "conv": Case(CONV, lambda op, x, w, b: op(x, w, b, [1, 1], [1, 1]), fixed=[(4, 6, 3, 3), (4,)]),
+    "conv_of_image": Case(CONV, lambda op, x, w, b: op(x, w, b), [(4, 3, 5, 7)], [(4, 3, 3, 3), (4,)]),
     "conv_strided": Case(CONV, lambda op, x, w: op(x, w, None, [2], [1], [1], 2), fixed=[(4, 3, 3, 3)]),
     "conv_upsampled": Case(UP_CONV, lambda op, x, w, b: op(x, (2, 2), w, b, (1, 1)), fixed=[(4, 6, 3, 3), (4,)]),
     "conv_upsampled_oblong": Case(UP_CONV, lambda op, x, w: op(x, (3, 2), w, None, (1, 2)), fixed=[(4, 6, 3, 5)]),
@@ -200,7 +201,7 @@ def mutant(rule: Callable[..., Pair], right: str, wrong: str) -> Callable[..., P
 @pytest.mark.parametrize(
     ("name", "right", "wrong", "seen_in"),
     [
-        ("conv", "x.difference), weight, None", "x.difference), weight, bias", "difference"),
+        ("conv", "x.difference), kernel, None", "x.difference), kernel, offset", "difference"),
         ("conv_strided", "(height, width), stride", "(height + 2, width), stride", "gradient"),
         ("conv_upsampled", "enlarged(x.difference, None)", "enlarged(x.difference, bias)", "difference"),
         ("conv_upsampled", "flip(2, 3)", "flip(3)", "value"),
@@ -281,7 +282,18 @@ def test_products_have_the_precision_of_the_tape(name: str) -> None:
     values, ways = (draw(shapes, F32) for shapes in (case.pairs, case.pairs))
     pairs = [Pair(v, d) for v, d in zip(values, ways, strict=True)]
     output = case.call(partial(RULES[case.rule], Tape(SCALES.float(), F16)), *pairs, *draw(case.fixed, F16))
-    assert output.value.dtype == output.difference.dtype == (F16 if case.rule in products else F32)
+    narrow = case.rule in products and name != "conv_of_image"
+    assert output.value.dtype == output.difference.dtype == (F16 if narrow else F32)
+
+
+def test_an_image_is_not_rounded() -> None:
+    """Of what lies below half precision's digits, nothing is lost in the first convolution."""
+    weight = torch.randn(4, 3, 3, 3).half()
+    image, small = torch.rand(2, 4, 3, 5, 7)
+    rough = difference.conv2d(Tape(SCALES.float(), F16), Pair(image, small), weight, None, padding=(1, 1))
+    fine = difference.conv2d(Tape(SCALES.float(), F16), Pair(image + 1e-5 * small, small), weight, padding=(1, 1))
+    expected = 1e-5 * F.conv2d(small.double(), weight.double(), padding=1)
+    assert_near(fine.value - rough.value, expected, 0.1, "value")
 
 
 # What lies far apart: here the plain subtraction in float64 is a reference.
