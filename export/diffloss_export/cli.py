@@ -236,7 +236,8 @@ def _inspect(args: argparse.Namespace) -> int:
             for spec in specs:
                 print(f"    {kind:3} {spec.name} {spec.dtype} {list(spec.shape)}")
         for plan in description["plans"].get(graph.name, []):
-            gpu = "any GPU from compute capability 8.0 on" if plan["gpu"] is None else plan["gpu"]["name"]
+            capabilities = ", ".join(plan["options"]["compute_capabilities"]) or "8.0 and more"
+            gpu = plan["gpu"]["name"] if plan["gpu"] else f"compute capability {capabilities}"
             print(f"    plan of {plan['flavour']} {plan['version']} for {gpu}")
     return 0
 
@@ -248,7 +249,7 @@ def _plans(bundle: Bundle) -> dict[str, list[dict[str, Any]]]:
     keys = PlanCache().list_keys()
     shown = ("flavour", "version", "gpu", "options")
     plans = {
-        name: [{field: key[field] for field in shown} for key in keys if key["graph"] == bundle.graph_digest(name)]
+        name: [{field: key[field] for field in shown} for key in keys if key.get("graph") == bundle.graph_digest(name)]
         for name in bundle.graphs
     }
     return {name: found for name, found in plans.items() if found}

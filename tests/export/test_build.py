@@ -30,8 +30,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "plans"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("kind", ["two_levels", "adm", "asymmetric_padding"])
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        ("two_levels", "fp32"),
+        ("two_levels", "fp16"),
+        ("two_levels", "bf16"),
+        ("adm", "fp32"),
+        ("four_levels", "bf16"),
+        pytest.param("adm", "fp16", marks=pytest.mark.slow),
+        pytest.param("adm", "bf16", marks=pytest.mark.slow),
+        pytest.param("asymmetric_padding", "fp32", marks=pytest.mark.slow),
+        pytest.param("asymmetric_padding", "bf16", marks=pytest.mark.slow),
+        pytest.param("skip_blocks", "fp16", marks=pytest.mark.slow),
+        pytest.param("learned_time", "fp32", marks=pytest.mark.slow),
+    ],
+)
 def test_every_graph_becomes_a_plan(kind: str, precision: str, exported: Callable[..., Exported]) -> None:
     bundle = exported(kind, precision).bundle
     stages: list[str] = []
@@ -121,7 +135,7 @@ def test_tensorrt_without_tensorrt(bundle: Bundle, capsys: pytest.CaptureFixture
 
 @pytest.mark.skipif(sys.platform != "linux", reason="signals are sent as POSIX has them")
 def test_interrupted_leaves_no_plan(exported: Callable[..., Exported], folder: Path) -> None:
-    bundle = exported("adm", "fp16").bundle
+    bundle = exported("two_levels", "fp16").bundle
     program = (
         "import os, signal, sys\n"
         "from diffloss_export import build, cli\n"
