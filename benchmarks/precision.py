@@ -569,42 +569,33 @@ def brief(number: float) -> str:
 # Colours of Okabe and Ito, which the colour-blind tell apart. Ours are drawn thick and with marks, the plain ones thin
 # and dashed, so that the two also part in grey.
 COLOURS = {"fp32": "#0072B2", "TF32": "#8F4A77", "fp16": "#D55E00", "bf16": "#007A58"}
-# Where the names of the lines stand, in the middle of PSNR and of the error's decades; both bf16 lines fall together.
-LABELS = {
-    "plain fp32": "fp32",
-    "plain TF32": "TF32",
-    "plain fp16": "fp16",
-    "plain bf16": "bf16, autocast",
-    "difference fp32": "fp32",
-    "difference fp16": "fp16",
-    "difference bf16": "bf16",
-}
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Draw the gradient's error over PSNR: the median of each arithmetic as a line, up to the worst as a band."""
+    """Draw the gradient's error over PSNR: the median sample of each arithmetic, and beside it the worst."""
+    white = [row for row in rows if row.place.error == WHITE]
+    distances = sorted({row.place.decibels for row in white})
     with matplotlib.rc_context({"font.size": 7.5, "axes.linewidth": 0.6, "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(3.45, 3.3), layout="constrained")
-        axes = figure.subplots()
-        for name in ARITHMETICS:
-            draw_line(axes, name, [row for row in rows if row.place.error == WHITE])
-        axes.set(yscale="log", xlabel="PSNR of the restored image (dB)", ylabel="relative error of the gradient")
-        axes.grid(linewidth=0.3, color="0.85")
-        axes.spines[["top", "right"]].set_visible(False)
+        figure = Figure(figsize=(7.0, 3.0), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, title, take in zip(panels, ("median sample", "worst sample"), (np.median, np.max), strict=True):
+            for name in ARITHMETICS:
+                errors = [float(take(selected(white, name, decibels=decibels)[:, 2])) for decibels in distances]
+                draw_line(axes, name, distances, errors)
+            axes.set(title=title, yscale="log", xlabel="PSNR of the restored image (dB)")
+            axes.grid(linewidth=0.3, color="0.85")
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0].set_ylabel("relative error of the gradient")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 
 
-def draw_line(axes: Axes, name: str, rows: Sequence[Row]) -> None:
-    distances = sorted({row.place.decibels for row in rows})
-    errors = [selected(rows, name, decibels=decibels)[:, 2] for decibels in distances]
-    median, worst = [np.median(e) for e in errors], [e.max() for e in errors]
-    colour = COLOURS[name.removesuffix(" autocast").split()[-1]]
+def draw_line(axes: Axes, name: str, distances: Sequence[float], errors: Sequence[float]) -> None:
     ours = name in OURS
     style: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 3} if ours else {"linewidth": 0.9}
     linestyle = "-" if ours else (":" if name == "bf16 autocast" else "--")
-    axes.plot(distances, median, color=colour, linestyle=linestyle, **style)
-    axes.fill_between(distances, median, worst, color=colour, alpha=0.25 if ours else 0.08, linewidth=0)
-    axes.annotate(LABELS.get(name, ""), (distances[-1], median[-1]), (4, 0), textcoords="offset points", color=colour)
+    colour = COLOURS[name.removesuffix(" autocast").split()[-1]]
+    axes.plot(distances, errors, color=colour, linestyle=linestyle, label=name, **style)
 
 
 def write_page(text: str) -> None:

@@ -20,6 +20,7 @@ from diffloss_trt.contract import (
     GRADIENT,
     NOISE_HEAD,
     PRECISIONS,
+    REFERENCE,
     SCHEDULE,
     SEMANTIC_GRADIENT,
     UNET_CONFIG,
@@ -98,11 +99,11 @@ def test_every_step_is_announced_in_order(exported: Callable[..., Exported]) -> 
         "exporting the noise_head graph",
         "exporting the gradient graph",
         "exporting the semantic_gradient graph",
+        "computing what the gradient graph should return",
+        "computing what the semantic_gradient graph should return",
         "checking hashes",
         "replaying the encoder graph",
         "replaying the noise_head graph",
-        "computing what the gradient graph should return",
-        "computing what the semantic_gradient graph should return",
         "replaying the gradient graph",
         "replaying the semantic_gradient graph",
         "comparing loss and gradient of PyTorch's backward",
@@ -140,6 +141,7 @@ def test_bundle_holds_nothing_else(exported: Callable[..., Exported]) -> None:
         UNET_CONFIG,
         UNET_WEIGHTS,
         SCHEDULE,
+        REFERENCE,
     }
     # The manifest beside them, and no hidden folder beside the bundle.
     assert [path.name for path in bundle.path.parent.iterdir()] == ["bundle"]
