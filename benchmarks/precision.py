@@ -578,7 +578,8 @@ def draw(rows: Sequence[Row]) -> Figure:
     with matplotlib.rc_context({"font.size": 7.5, "axes.linewidth": 0.6, "font.family": "DejaVu Sans"}):
         figure = Figure(figsize=(7.0, 3.0), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
-        for axes, title, take in zip(panels, ("median sample", "worst sample"), (np.median, np.max), strict=True):
+        takes: dict[str, Callable[[Any], Any]] = {"median sample": np.median, "worst sample": np.max}
+        for axes, (title, take) in zip(panels, takes.items(), strict=True):
             for name in ARITHMETICS:
                 errors = [float(take(selected(white, name, decibels=decibels)[:, 2])) for decibels in distances]
                 draw_line(axes, name, distances, errors)
