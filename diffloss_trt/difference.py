@@ -26,12 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffloss_engine.errors import ModelError
+from diffloss_engine.tensors import IMAGE_CHANNELS
 from diffloss_trt.objective import per_sample, wide
 
 aten = torch.ops.aten
-
-# Of convolutions with as few input channels the input is an image.
-IMAGE_CHANNELS = 4
 
 # What an operation's input gradient is, from the gradient of its output: one tensor for each of its pairs.
 Pullback = Callable[[Tensor], "Sequence[Tensor]"]

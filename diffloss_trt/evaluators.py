@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffloss_engine.batching import run_batched
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.session import Session, open_session
+from diffloss_engine.session import Session, open_graph
 from diffloss_engine.torch_session import TorchSession
 from diffloss_trt.autograd import Cotangents, Fused, Recompute
 from diffloss_trt.contract import (
@@ -19,21 +19,17 @@ from diffloss_trt.contract import (
     ENCODER,
     GRADIENT,
     NATURALNESS,
-    NATURALNESS_WEIGHT,
     NOISE,
     NOISE_HEAD,
     NOISY,
     PRECISIONS,
-    RESTORED,
     SCHEDULE,
     SEMANTIC,
     SEMANTIC_GRADIENT,
-    SEMANTIC_WEIGHT,
-    TARGET,
     TIMESTEPS,
     UNET_CONFIG,
 )
-from diffloss_trt.gradient import trace_gradient
+from diffloss_trt.gradient import run_gradient_graph, trace_gradient
 from diffloss_trt.objective import Terms, combine, mean_square
 from diffloss_trt.probe import check_session
 from diffloss_trt.schedule import NoiseSchedule
@@ -168,17 +164,7 @@ class _BundleEvaluator:
         return TappedUNet(reload_unet(self.bundle, dtype, self.device), self.schedule)
 
     def _open(self, name: str) -> Session:
-        file = self.bundle.graph_file(name)
-        graph = self.bundle.graphs[name]
-        return open_session(
-            file,
-            graph.inputs,
-            graph.outputs,
-            backend=self.backend,
-            device=self.device,
-            digest=self.bundle.graph_digest(name),
-            precision=self.bundle.precision,
-        )
+        return open_graph(self.bundle, name, backend=self.backend, device=self.device)
 
 
 class FusedEvaluator(_BundleEvaluator):
@@ -215,12 +201,7 @@ class FusedEvaluator(_BundleEvaluator):
         self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
     ) -> Terms:
         session = self.session(gradient_graph(weights))
-        tensors = {RESTORED: restored, TARGET: target, NOISE: noise, TIMESTEPS: timesteps}
-        tensors |= {
-            name: torch.full_like(timesteps, weight, dtype=torch.float32)
-            for name, weight in zip((NATURALNESS_WEIGHT, SEMANTIC_WEIGHT), weights, strict=True)
-        }
-        results = run_batched(session, {spec.name: tensors[spec.name].detach().float() for spec in session.inputs})
+        results = run_gradient_graph(session, restored, target, noise, timesteps, weights)
         zero = torch.zeros_like(results[SEMANTIC])
         naturalness = results.get(NATURALNESS, zero)
         semantic = results[SEMANTIC] if weights[1] else zero

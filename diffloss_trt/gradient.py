@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffloss_engine.batching import run_batched
+from diffloss_engine.session import Session
 from diffloss_trt.capture import CapturedUNet
 from diffloss_trt.contract import (
     GRADIENT,
@@ -24,6 +26,21 @@ from diffloss_trt.traced import TracedProgram
 from diffloss_trt.unet import TappedUNet
 
 _SIGNAL_TABLE, _NOISE_TABLE = "signal_table", "noise_table"
+
+
+def run_gradient_graph(
+    session: Session,
+    restored: Tensor,
+    target: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    weights: tuple[float, float],
+) -> dict[str, Tensor]:
+    """Run a gradient graph on N samples, whatever its batch size, with weights for naturalness and semantic."""
+    tensors = {RESTORED: restored, TARGET: target, NOISE: noise, TIMESTEPS: timesteps}
+    for name, weight in zip((NATURALNESS_WEIGHT, SEMANTIC_WEIGHT), weights, strict=True):
+        tensors[name] = torch.full_like(timesteps, weight, dtype=torch.float32)
+    return run_batched(session, {spec.name: tensors[spec.name].detach().float() for spec in session.inputs})
 
 
 def trace_gradient(

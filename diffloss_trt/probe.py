@@ -10,23 +10,17 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from diffloss_engine.batching import run_batched
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BundleError, ParityError
 from diffloss_engine.session import Session
 from diffloss_trt.contract import (
     GRADIENT,
     NATURALNESS,
-    NATURALNESS_WEIGHT,
-    NOISE,
     REFERENCE,
-    RESTORED,
     SEMANTIC,
     SEMANTIC_GRADIENT,
-    SEMANTIC_WEIGHT,
-    TARGET,
-    TIMESTEPS,
 )
+from diffloss_trt.gradient import run_gradient_graph
 from diffloss_trt.tolerances import DIFFERENCE, Tolerance
 
 # The weights of naturalness and semantic with which each gradient graph is compared: balanced, so that an error in
@@ -97,12 +91,10 @@ class Deviation(NamedTuple):
 
 def run_gradient(session: Session, probe: Probe, weights: tuple[float, float]) -> Result:
     """Run a gradient graph on a probe, with weights for naturalness and semantic."""
-    tensors = {RESTORED: probe.restored, TARGET: probe.target, NOISE: probe.noise, TIMESTEPS: probe.timesteps}
-    for name, weight in zip((NATURALNESS_WEIGHT, SEMANTIC_WEIGHT), weights, strict=True):
-        tensors[name] = torch.full((len(probe.timesteps),), weight)
-    results = run_batched(
-        session, {spec.name: tensors[spec.name].to(session.device).float() for spec in session.inputs}
+    restored, target, noise, timesteps = (
+        tensor.to(session.device) for tensor in (probe.restored, probe.target, probe.noise, probe.timesteps)
     )
+    results = run_gradient_graph(session, restored, target, noise, timesteps, weights)
     results = {name: value.cpu().double() for name, value in results.items()}
     return Result(results.get(NATURALNESS), results[SEMANTIC], results[GRADIENT])
 

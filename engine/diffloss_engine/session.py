@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BackendUnavailableError, InputError
 from diffloss_engine.tensors import TensorSpec
 from diffloss_engine.trt_build import FLAVOURS
@@ -31,6 +32,20 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Give back the runtime's memory; calls after this raise BackendError. Closing twice is allowed."""
+
+
+def open_graph(bundle: Bundle, name: str, *, backend: str, device: torch.device) -> Session:
+    """Load a graph of a bundle into a runtime; raises as `Bundle.graph_file` and `open_session` do."""
+    graph = bundle.graphs[name]
+    return open_session(
+        bundle.graph_file(name),
+        graph.inputs,
+        graph.outputs,
+        backend=backend,
+        device=device,
+        digest=bundle.graph_digest(name),
+        precision=bundle.precision,
+    )
 
 
 def open_session(

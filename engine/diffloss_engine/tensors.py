@@ -30,6 +30,9 @@ DTYPES: dict[str, Dtype] = {
     "bool": Dtype(torch.bool, 9),
 }
 
+# Tensors of as few channels are taken for images: a graph's first convolution, which reads one, may be more precise.
+IMAGE_CHANNELS = 4
+
 _FIELDS = frozenset({"name", "dtype", "shape"})
 
 

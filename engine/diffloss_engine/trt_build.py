@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from diffloss_engine.errors import BackendError, BackendUnavailableError, InputError
+from diffloss_engine.tensors import IMAGE_CHANNELS
 
 # A flavour is a backend's name: its module, the first version that will do and the first that may not.
 _MODULES = {"tensorrt": ("tensorrt", (10, 12), (12, 0)), "tensorrt-rtx": ("tensorrt_rtx", (1, 0), (2, 0))}
@@ -18,8 +19,6 @@ FLAVOURS = tuple(_MODULES)
 
 _COMPATIBILITY = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
 _DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
-# Of convolutions with as few input channels the input is an image.
-_IMAGE_CHANNELS = 4
 # Of how many nodes that the parser refuses a message speaks.
 _NAMED = 10
 
@@ -184,7 +183,7 @@ def check_precision(trt: ModuleType, network: Any, precision: str) -> None:
             continue
         output = layer.get_output(0)
         if layer.type == trt.LayerType.CONVOLUTION:
-            exempt = layer.get_input(0).shape[1] <= _IMAGE_CHANNELS
+            exempt = layer.get_input(0).shape[1] <= IMAGE_CHANNELS
         else:
             exempt = tuple(output.shape[:-1]) == (batch,)
         # Weights that are constants are not among the inputs.

@@ -44,14 +44,15 @@ def build_bundle(
     options, cache = options or BuildOptions(), cache or PlanCache()
     import_flavour(flavour)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
-    plans = []
-    for name, graph in bundle.graphs.items():
-        on_stage(f"checking the {name} graph")
-        file = bundle.graph_file(name)
-        key = plan_key(flavour, bundle.graph_digest(name), bundle.precision, graph.inputs, options, device)
-        seconds: list[float] = []
 
-        def build(name: str = name, file: Path = file, seconds: list[float] = seconds) -> memoryview:
+    def build(name: str) -> BuiltPlan:
+        on_stage(f"checking the {name} graph")
+        file, graph = bundle.graph_file(name), bundle.graphs[name]
+        key = plan_key(flavour, bundle.graph_digest(name), bundle.precision, graph.inputs, options, device)
+        seconds = None
+
+        def make() -> memoryview:
+            nonlocal seconds
             started = time.perf_counter()
             plan = build_plan(
                 file,
@@ -61,12 +62,13 @@ def build_bundle(
                 timing_cache=timing_cache,
                 on_progress=_teller(f"building the {name} graph", on_stage),
             )
-            seconds.append(time.perf_counter() - started)
+            seconds = time.perf_counter() - started
             return plan
 
-        plan = cache.get(key, build)
-        plans.append(BuiltPlan(name, len(plan), seconds[0] if seconds else None))
-    return plans
+        plan = cache.get(key, make)
+        return BuiltPlan(name, len(plan), seconds)
+
+    return [build(name) for name in bundle.graphs]
 
 
 def _teller(what: str, on_stage: Callable[[str], None]) -> Callable[[str, float], None]:

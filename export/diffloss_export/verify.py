@@ -15,7 +15,7 @@ from torch import Tensor
 from diffloss_engine.batching import run_batched
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BundleError, ParityError
-from diffloss_engine.session import Session, open_session
+from diffloss_engine.session import Session, open_graph, open_session
 from diffloss_engine.tensors import TensorSpec
 from diffloss_engine.torch_session import TorchSession
 from diffloss_export.programs import Program
@@ -137,23 +137,16 @@ class _Replay:
         self.precision = "fp32" if self._widens else bundle.precision
 
     def open(self, name: str) -> Session:
-        file, graph = self._bundle.graph_file(name), self._bundle.graphs[name]
-        inputs, outputs = graph.inputs, graph.outputs
-        if self._widens:
-            self._report.notes.append(
-                f"the {name} graph was replayed in float32: ONNX Runtime has no bfloat16 kernels for the CPU"
-            )
-            write_widened(file, self._scratch / file.name)
-            file, inputs, outputs = self._scratch / file.name, widened_specs(inputs), widened_specs(outputs)
-        return open_session(
-            file,
-            inputs,
-            outputs,
-            backend=self._backend,
-            device=self._device,
-            digest=self._bundle.graph_digest(name),
-            precision=self._bundle.precision,
+        if not self._widens:
+            return open_graph(self._bundle, name, backend=self._backend, device=self._device)
+        self._report.notes.append(
+            f"the {name} graph was replayed in float32: ONNX Runtime has no bfloat16 kernels for the CPU"
         )
+        file, graph = self._bundle.graph_file(name), self._bundle.graphs[name]
+        widened = self._scratch / file.name
+        write_widened(file, widened)
+        inputs, outputs = widened_specs(graph.inputs), widened_specs(graph.outputs)
+        return open_session(widened, inputs, outputs, backend=self._backend, device=self._device)
 
     def open_gradient(self, name: str) -> Iterator[tuple[str, Session, str]]:
         """Yield what to call it, a session, and the precision to hold it to; of a widened graph the program too."""
