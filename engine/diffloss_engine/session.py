@@ -36,9 +36,10 @@ class Session(Protocol):
 
 def open_graph(bundle: Bundle, name: str, *, backend: str, device: torch.device) -> Session:
     """Load a graph of a bundle into a runtime; raises as `Bundle.graph_file` and `open_session` do."""
+    file = bundle.graph_file(name)
     graph = bundle.graphs[name]
     return open_session(
-        bundle.graph_file(name),
+        file,
         graph.inputs,
         graph.outputs,
         backend=backend,
