@@ -298,40 +298,39 @@ def group_norm(
     """
     shape = x.value.shape
     batch, channels = shape[:2]
-    grouped, per_channel = (batch, groups, -1), (batch, channels, -1)
-    scale = tape.scale.view(-1, 1, 1)
+    # The axes within a group are not merged: in channels-last memory they could not be, and would be walked one by one.
+    grouped = (batch, groups, channels // groups, *shape[2:])
+    axes = tuple(range(2, len(grouped)))
+    number = (1,) * (len(shape) - 2)
+    scale = tape.scale.view(-1, 1, 1, *number)
     v, d = (wide(half).reshape(grouped) for half in (x.value, x.difference))
-    c = v - v.mean(-1, keepdim=True)
-    q = d - d.mean(-1, keepdim=True)
+    c = v - v.mean(axes, keepdim=True)
+    q = d - d.mean(axes, keepdim=True)
     c_u = c + scale * q
-    r_v = ((c * c).mean(-1, keepdim=True) + eps).rsqrt()
-    r_u = ((c_u * c_u).mean(-1, keepdim=True) + eps).rsqrt()
-    delta = ((c + c_u) * q).mean(-1, keepdim=True)
+    r_v = ((c * c).mean(axes, keepdim=True) + eps).rsqrt()
+    r_u = ((c_u * c_u).mean(axes, keepdim=True) + eps).rsqrt()
+    delta = ((c + c_u) * q).mean(axes, keepdim=True)
     k = -delta * (r_v * r_u).square() / (r_v + r_u)
-    gain, offset = wide(gain).view(1, -1, 1), wide(offset).view(1, -1, 1)
+    gain, offset = wide(gain).view(1, -1), wide(offset).view(1, -1)
     if time_scale is not None and time_shift is not None:
-        time_scale, time_shift = time_scale.flatten(2), time_shift.flatten(2)
+        time_scale, time_shift = time_scale.flatten(1), time_shift.flatten(1)
         gain, offset = gain * time_scale, offset * time_scale + time_shift
     if activate:  # silu reads halves
         gain, offset = gain * 0.5, offset * 0.5
-    gain = gain.reshape(-1, groups, channels // groups)
-    gain_u = (r_u * gain).reshape(batch, channels, 1)
-
-    def apply(normalized: Tensor, factor: Tensor) -> Tensor:
-        return normalized.reshape(per_channel) * factor.reshape(batch, channels, 1)
-
-    y_v = apply(c, r_v * gain) + offset
-    y_d = apply(q, gain_u) + apply(c, k * gain)
+    gain, offset = (factor.reshape(-1, groups, channels // groups, *number) for factor in (gain, offset))
+    gain_u = r_u * gain
+    y_v = c * (r_v * gain) + offset
+    y_d = q * gain_u + c * (k * gain)
     if activate:
         y_v, y_d, slope = _silu_of_halves(y_v, y_d, scale)
 
     def back(g: Tensor) -> Sequence[Tensor]:
-        g = wide(g).reshape(per_channel)
+        g = wide(g).reshape(grouped)
         if activate:
             g = g * slope
-        g = (g * gain_u).reshape(grouped)
-        along = (g * c_u).mean(-1, keepdim=True) * r_u.square()
-        return [(g - g.mean(-1, keepdim=True) - c_u * along).reshape(shape)]
+        g = g * gain_u
+        along = (g * c_u).mean(axes, keepdim=True) * r_u.square()
+        return [(g - g.mean(axes, keepdim=True) - c_u * along).reshape(shape)]
 
     return tape.record(y_v.reshape(shape), y_d.reshape(shape), [x], back)
 
