@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,7 @@ class Setting:
     """What every row computes on."""
 
     bundle: Bundle
+    bundle_bf16: Bundle
     probe: Probe
 
     def tapped(self, dtype: torch.dtype) -> TappedUNet:
@@ -103,10 +105,10 @@ def _plain_step(
     return step
 
 
-def _ours(setting: Setting, weights: tuple[float, float]) -> Step:
+def _ours(bundle: Bundle, backend: str, setting: Setting, weights: tuple[float, float]) -> Step:
     loss = DiffLoss.load(
-        setting.bundle.path,
-        "onnxruntime",
+        bundle.path,
+        backend,
         "cpu",
         naturalness_weight=weights[0],
         semantic_weight=weights[1],
@@ -126,7 +128,8 @@ def _program(setting: Setting, dtype: torch.dtype) -> Step:
 
     def step() -> Tensor:
         with torch.no_grad():
-            return run(*inputs)[-1]
+            gradient: Tensor = run(*inputs)[-1]
+            return gradient
 
     return step
 
@@ -140,10 +143,16 @@ ROWS: dict[str, Callable[[Setting], Step]] = {
         setting.tapped(torch.float32), setting, WEIGHTS, autocast=True
     ),
     "torch.compile, fp32": lambda setting: _plain_step(setting.tapped(torch.float32), setting, WEIGHTS, compiled=True),
-    "diffloss-trt, ONNX Runtime, fp32": lambda setting: _ours(setting, WEIGHTS),
+    "diffloss-trt, ONNX Runtime, fp32": lambda setting: _ours(setting.bundle, "onnxruntime", setting, WEIGHTS),
     "diffloss-trt, PyTorch, bf16": lambda setting: _program(setting, torch.bfloat16),
+    "diffloss-trt, inductor, bf16": lambda setting: _ours(setting.bundle_bf16, "inductor", setting, WEIGHTS),
     f"{SEMANTIC}eager PyTorch, fp32": lambda setting: _plain_step(setting.tapped(torch.float32), setting, _SEMANTIC),
-    f"{SEMANTIC}diffloss-trt, ONNX Runtime, fp32": lambda setting: _ours(setting, _SEMANTIC),
+    f"{SEMANTIC}diffloss-trt, ONNX Runtime, fp32": lambda setting: _ours(
+        setting.bundle, "onnxruntime", setting, _SEMANTIC
+    ),
+    f"{SEMANTIC}diffloss-trt, inductor, bf16": lambda setting: _ours(
+        setting.bundle_bf16, "inductor", setting, _SEMANTIC
+    ),
 }
 
 
@@ -186,13 +195,13 @@ def _print_peak_memory(setting: Setting, row: str) -> None:
 
 
 def _setting(path: Path) -> Setting:
-    bundle = Bundle.open(path)
+    bundle, bundle_bf16 = Bundle.open(path / "fp32"), Bundle.open(path / "bf16")
     timesteps = torch.linspace(10, 900, bundle.batch_size).round().long()
-    return Setting(bundle, Probe.make(3, bundle.resolution, timesteps, [DECIBELS] * bundle.batch_size))
+    return Setting(bundle, bundle_bf16, Probe.make(3, bundle.resolution, timesteps, [DECIBELS] * bundle.batch_size))
 
 
 def measure(path: Path, rounds: int) -> list[dict[str, Any]]:
-    """Return a row for each way to compute the step on the bundle at `path`."""
+    """Return a row for each way to compute the step on the bundles below `path`, called fp32 and bf16."""
     setting = _setting(path)
     expected = {False: _expected(setting, WEIGHTS), True: _expected(setting, _SEMANTIC)}
     steps, errors = {}, {}
@@ -236,8 +245,12 @@ def main() -> None:
         return
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "bundle"
-        export_bundle(make_model(args.configuration), path, batch_size=args.batch_size, on_stage=print)
+        path = Path(folder)
+        # What is compiled here nobody else wants.
+        os.environ["DIFFLOSS_CACHE"] = str(path / "plans")
+        for precision in ("fp32", "bf16"):
+            model = make_model(args.configuration)
+            export_bundle(model, path / precision, batch_size=args.batch_size, precision=precision, on_stage=print)
         rows = measure(path, args.rounds)
     result = {**describe(), "configuration": args.configuration, "batch_size": args.batch_size, "rows": rows}
     table = Table(

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffloss_engine.batching import run_batched
 from diffloss_engine.bundle import Bundle
+from diffloss_engine.inductor import compile_program, has_bfloat16, open_compiled, package_key
 from diffloss_engine.session import Session, open_graph
 from diffloss_engine.torch_session import TorchSession
 from diffloss_trt.autograd import Cotangents, Fused, Recompute
@@ -29,7 +30,7 @@ from diffloss_trt.contract import (
     TIMESTEPS,
     UNET_CONFIG,
 )
-from diffloss_trt.gradient import run_gradient_graph, trace_gradient
+from diffloss_trt.gradient import program_version, run_gradient_graph, trace_gradient
 from diffloss_trt.objective import Terms, combine, mean_square
 from diffloss_trt.probe import check_session
 from diffloss_trt.schedule import NoiseSchedule
@@ -158,10 +159,18 @@ class _BundleEvaluator:
     def to(self, device: torch.device) -> Self:
         return type(self)(self.bundle, self.backend, device)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision in which PyTorch runs the UNet, or what is traced of it."""
+        # A CPU has no fast convolution in fp16, and PyTorch's in bf16 are fast only with weights that are laid out for
+        # them beforehand, which is what a compiler does; elsewhere the stored weights are widened.
+        as_stored = self.device.type == "cuda" or (
+            self.backend == "inductor" and self.bundle.precision == "bf16" and has_bfloat16(self.device)
+        )
+        return PRECISIONS[self.bundle.precision] if as_stored else torch.float32
+
     def _tapped(self) -> TappedUNet:
-        # A CPU has no fast half-precision convolution; there the stored weights are widened.
-        dtype = PRECISIONS[self.bundle.precision] if self.device.type == "cuda" else torch.float32
-        return TappedUNet(reload_unet(self.bundle, dtype, self.device), self.schedule)
+        return TappedUNet(reload_unet(self.bundle, self.dtype, self.device), self.schedule)
 
     def _open(self, name: str) -> Session:
         return open_graph(self.bundle, name, backend=self.backend, device=self.device)
@@ -182,20 +191,38 @@ class FusedEvaluator(_BundleEvaluator):
         Raises as `open_session` does, and ParityError if an engine does not return what the bundle has recorded.
         """
         if name not in self.sessions:
+            graph = self.bundle.graphs[name]
             if self.backend == "torch":
-                self.sessions[name] = self._trace(name)
+                session: Session = TorchSession(self._trace(name)[0], graph.inputs, graph.outputs, self.device)
+            elif self.backend == "inductor":
+                session = open_compiled(*self.package(name), graph.inputs, graph.outputs, self.device)
             else:
                 session = self._open(name)
+            if self.backend != "torch":
                 # A miscompiled engine must not train anyone's network.
                 check_session(session, name, self.bundle)
-                self.sessions[name] = session
+            self.sessions[name] = session
         return self.sessions[name]
 
-    def _trace(self, name: str) -> Session:
+    def package(self, name: str) -> tuple[dict[str, Any], Callable[[], bytes]]:
+        """Return the key in the plan cache of what inductor makes of a gradient graph, and a function that makes it.
+
+        That takes minutes, and raises as `compile_program` does.
+        """
+        key = package_key(
+            self.bundle.graph_digest(name),
+            program_version(),
+            str(self.dtype).removeprefix("torch."),
+            self.bundle.graphs[name].inputs,
+            self.device,
+        )
+        return key, lambda: compile_program(*self._trace(name))
+
+    def _trace(self, name: str) -> tuple[nn.Module, list[Tensor]]:
+        """Return a gradient graph as a PyTorch module, and inputs like those that it takes."""
         tapped = self._tapped()
         program = trace_gradient(tapped, self.bundle.batch_size, self.bundle.resolution, with_noise=name == GRADIENT)
-        graph = self.bundle.graphs[name]
-        return TorchSession(program.bind(tapped.unet.state_dict()), graph.inputs, graph.outputs, self.device)
+        return program.bind(tapped.unet.state_dict()), list(program.inputs.values())
 
     def terms(
         self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -41,6 +46,17 @@ def run_gradient_graph(
     for name, weight in zip((NATURALNESS_WEIGHT, SEMANTIC_WEIGHT), weights, strict=True):
         tensors[name] = torch.full_like(timesteps, weight, dtype=torch.float32)
     return run_batched(session, {spec.name: tensors[spec.name].detach().float() for spec in session.inputs})
+
+
+@functools.cache
+def program_version() -> str:
+    """Return what identifies the code that makes the program, which a compiled one is kept under, beside its weights.
+
+    That is this package's own source, and the version of diffusers, which says what the UNet computes.
+    """
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
+    return hashlib.sha256(" ".join([version("diffusers"), *digests]).encode()).hexdigest()
 
 
 def trace_gradient(

@@ -22,8 +22,11 @@ from diffloss_trt.unet import TappedUNet, reload_unet
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
-_FASTEST_FIRST = {"cuda": ("tensorrt", "tensorrt-rtx", "onnxruntime", "torch"), "cpu": ("onnxruntime", "torch")}
+BACKENDS = ("auto", "inductor", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
+_FASTEST_FIRST = {
+    "cuda": ("tensorrt", "tensorrt-rtx", "onnxruntime", "inductor", "torch"),
+    "cpu": ("onnxruntime", "inductor", "torch"),
+}
 BACKWARDS = ("fused", "recompute")
 
 
@@ -100,8 +103,8 @@ class DiffLoss(nn.Module):
 
         Args:
             bundle: the bundle's folder.
-            backend: "tensorrt" or "tensorrt-rtx", which build what they need the first time, in minutes; "onnxruntime";
-                "torch"; or "auto", which takes the first of these that works here.
+            backend: "tensorrt", "tensorrt-rtx" or "inductor", which build what they need the first time, in minutes;
+                "onnxruntime"; "torch"; or "auto", which takes the fastest of these that works here.
             device: where images will be; by default the GPU if there is one.
             naturalness_weight: weight of the predicted noise's difference, >= 0; zero leaves its work out.
             semantic_weight: weight of the bottleneck's difference, >= 0.
@@ -276,6 +279,8 @@ def _open(bundle: Bundle, backend: str, device: torch.device, fused: bool, weigh
         if any(weights):
             evaluator.session(gradient_graph(weights))  # what cannot run is to be known before training starts
         return evaluator
+    if backend == "inductor":
+        raise BackendUnavailableError("inductor compiles gradient graphs, and these alone: load with backward='fused'")
     if backend == "torch":
         schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
         return EagerEvaluator(TappedUNet(reload_unet(bundle, torch.float32, device), schedule), device)

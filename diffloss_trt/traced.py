@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -50,15 +50,33 @@ class TracedProgram:
     @property
     def results(self) -> Tensors:
         """What the outputs look like: tensors without data, by name."""
-        nodes = self.module.graph.output_node().all_input_nodes
+        # Not `all_input_nodes`, which names a tensor once that is two of the outputs.
+        nodes: Any = self.module.graph.output_node().args[0]
         return {name: node.meta["val"] for name, node in zip(self.outputs, nodes, strict=True)}
 
-    def bind(self, weights: Mapping[str, Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-        """Return the program as a function of the input tensors alone, in the order of `inputs`."""
-        held = {name: weights[name] for name in self.weights}
+    def bind(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Return the program as a function of the input tensors alone, in the order of `inputs`, to a tuple."""
+        return _Bound(self, {name: weights[name] for name in self.weights})
 
-        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-            results = self.module(dict(zip(self.inputs, tensors, strict=True)), held, self.constants)
-            return tuple(results)
 
-        return run
+class _Bound(nn.Module):
+    """A program with its weights and constants as buffers, which is where a compiler looks for them."""
+
+    def __init__(self, program: TracedProgram, weights: Tensors) -> None:
+        super().__init__()
+        self._run = program.module
+        self._inputs = tuple(program.inputs)
+        # A buffer's name may hold no dots.
+        self._weights = {name: f"weight_{index}" for index, name in enumerate(weights)}
+        self._constants = {name: f"constant_{index}" for index, name in enumerate(program.constants)}
+        for places, tensors in ((self._weights, weights), (self._constants, program.constants)):
+            for name, place in places.items():
+                self.register_buffer(place, tensors[name].detach())
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs = dict(zip(self._inputs, tensors, strict=True))
+        weights, constants = (
+            {name: getattr(self, place) for name, place in places.items()}
+            for places in (self._weights, self._constants)
+        )
+        return tuple(self._run(inputs, weights, constants))

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import BaseFileLock, FileLock, Timeout
 
 from diffloss_engine.errors import BundleError, InputError
@@ -150,6 +151,12 @@ class PlanCache:
         logger.warning("the plan %s is not used and set aside as %s: %s", path, aside.name, reason)
         with contextlib.suppress(FileNotFoundError):
             path.replace(aside)
+
+
+def gpu_identity(device: torch.device) -> dict[str, str]:
+    """Return what a key says of a GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    return {"name": properties.name, "compute_capability": f"{properties.major}.{properties.minor}"}
 
 
 def _read_header(line: bytes) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.errors import BackendError, BackendUnavailableError
-from diffloss_engine.plan_cache import PlanCache
+from diffloss_engine.plan_cache import PlanCache, gpu_identity
 from diffloss_engine.tensors import TensorSpec, check_tensors, concrete_device
 from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour, recording_logger
 
@@ -172,8 +172,7 @@ def plan_key(
     if flavour == "tensorrt":
         if device is None:
             raise BackendUnavailableError("tensorrt builds for the GPU that is here, and there is none")
-        properties = torch.cuda.get_device_properties(device)
-        gpu = {"name": properties.name, "compute_capability": f"{properties.major}.{properties.minor}"}
+        gpu = gpu_identity(device)
     return {
         "graph": digest,
         "flavour": flavour,

@@ -1,4 +1,4 @@
-"""Every graph of a bundle to a plan in the user's cache."""
+"""Every graph of a bundle to a plan in the user's cache, by TensorRT or by inductor."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from pathlib import Path
 import torch
 
 from diffloss_engine.bundle import Bundle
+from diffloss_engine.errors import BackendUnavailableError
 from diffloss_engine.plan_cache import PlanCache
 from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour
 from diffloss_engine.trt_session import plan_key
+from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
+from diffloss_trt.evaluators import FusedEvaluator
 
 # Of a phase of the builder, how often to tell where it is.
 _SECONDS_BETWEEN = 5.0
@@ -69,6 +72,41 @@ def build_bundle(
         return BuiltPlan(name, len(plan), seconds)
 
     return [build(name) for name in bundle.graphs]
+
+
+def compile_bundle(
+    bundle: Bundle,
+    *,
+    device: torch.device,
+    cache: PlanCache | None = None,
+    on_stage: Callable[[str], None] = lambda _: None,
+) -> list[BuiltPlan]:
+    """Compile, and keep, each gradient graph with inductor for `device`, unless it is in the cache.
+
+    Raises BackendUnavailableError if the bundle has none or they cannot be compiled here; InputError if the cache
+    cannot be used.
+    """
+    cache, evaluator = cache or PlanCache(), FusedEvaluator(bundle, "inductor", device)
+    names = [name for name in (GRADIENT, SEMANTIC_GRADIENT) if name in bundle.graphs]
+    if not names:
+        raise BackendUnavailableError(f"{bundle.path} has no gradient graph, and inductor compiles these alone")
+
+    def build(name: str) -> BuiltPlan:
+        on_stage(f"compiling the {name} graph")
+        key, compile_graph = evaluator.package(name)
+        seconds = None
+
+        def make() -> bytes:
+            nonlocal seconds
+            started = time.perf_counter()
+            package = compile_graph()
+            seconds = time.perf_counter() - started
+            return package
+
+        package = cache.get(key, make)
+        return BuiltPlan(name, len(package), seconds)
+
+    return [build(name) for name in names]
 
 
 def _teller(what: str, on_stage: Callable[[str], None]) -> Callable[[str, float], None]:

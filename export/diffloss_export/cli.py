@@ -80,8 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     onnx.add_argument("--overwrite", action="store_true", help="replace an older bundle")
     onnx.set_defaults(run=_onnx)
 
-    build = commands.add_parser("build", help="build TensorRT plans of a bundle's graphs into the user's plan cache")
-    build.add_argument("--backend", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt", help="default: tensorrt")
+    build = commands.add_parser(
+        "build", help="build a bundle's graphs into the user's plan cache: with TensorRT, or with PyTorch's compiler"
+    )
+    build.add_argument(
+        "--backend", choices=("tensorrt", "tensorrt-rtx", "inductor"), default="tensorrt", help="default: tensorrt"
+    )
+    build.add_argument("--device", help="with inductor: cpu, cuda or cuda:N (default: the GPU if there is one)")
     build.add_argument("--workspace", type=int, metavar="MIB", help="the most scratch memory that a plan may want")
     build.add_argument("--optimization-level", type=int, metavar="N", help="0 to 5: how long to look for fast kernels")
     build.add_argument(
@@ -114,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (verify, bench):
         command.add_argument(
             "--backend",
-            choices=("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "torch"),
+            choices=("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "inductor", "torch"),
             default="auto",
             help="default: auto",
         )
@@ -162,9 +167,11 @@ def _onnx(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     from diffloss_engine.bundle import Bundle
+    from diffloss_engine.errors import InputError
     from diffloss_engine.plan_cache import PlanCache
     from diffloss_engine.trt_build import BuildOptions
-    from diffloss_export.build import build_bundle
+    from diffloss_export.build import build_bundle, compile_bundle
+    from diffloss_trt.loss import choose_device
 
     options = BuildOptions(
         workspace_bytes=None if args.workspace is None else args.workspace * 2**20,
@@ -173,15 +180,24 @@ def _build(args: argparse.Namespace) -> int:
         version_compatible=args.version_compatible,
         compute_capabilities=tuple(args.compute_capability),
     )
-    cache = PlanCache()
+    inductor = args.backend == "inductor"
+    if inductor and (options != BuildOptions() or args.timing_cache):
+        raise InputError("inductor takes none of the options of TensorRT's builder")
+    if not inductor and args.device:
+        raise InputError("TensorRT builds for the GPU that is current; --device is for inductor")
+    bundle, cache = Bundle.open(args.bundle), PlanCache()
     with _stages() as on_stage:
-        plans = build_bundle(
-            Bundle.open(args.bundle),
-            flavour=args.backend,
-            options=options,
-            timing_cache=args.timing_cache,
-            cache=cache,
-            on_stage=on_stage,
+        plans = (
+            compile_bundle(bundle, device=choose_device(args.device), cache=cache, on_stage=on_stage)
+            if inductor
+            else build_bundle(
+                bundle,
+                flavour=args.backend,
+                options=options,
+                timing_cache=args.timing_cache,
+                cache=cache,
+                on_stage=on_stage,
+            )
         )
     for plan in plans:
         how = "was there" if plan.seconds is None else f"built in {plan.seconds:.1f} s"
@@ -236,10 +252,17 @@ def _inspect(args: argparse.Namespace) -> int:
             for spec in specs:
                 print(f"    {kind:3} {spec.name} {spec.dtype} {list(spec.shape)}")
         for plan in description["plans"].get(graph.name, []):
-            capabilities = ", ".join(plan["options"]["compute_capabilities"]) or "8.0 and more"
-            gpu = plan["gpu"]["name"] if plan["gpu"] else f"compute capability {capabilities}"
-            print(f"    plan of {plan['flavour']} {plan['version']} for {gpu}")
+            print(f"    plan of {plan['flavour']} {plan['version']} for {_processor(plan)}")
     return 0
+
+
+def _processor(plan: dict[str, Any]) -> str:
+    """Return what a plan runs on, in words."""
+    if plan["gpu"]:
+        return str(plan["gpu"]["name"])
+    if plan["cpu"]:
+        return str(plan["cpu"]["name"])
+    return f"compute capability {', '.join(plan['options']['compute_capabilities']) or '8.0 and more'}"
 
 
 def _plans(bundle: Bundle) -> dict[str, list[dict[str, Any]]]:
@@ -247,9 +270,11 @@ def _plans(bundle: Bundle) -> dict[str, list[dict[str, Any]]]:
     from diffloss_engine.plan_cache import PlanCache
 
     keys = PlanCache().list_keys()
-    shown = ("flavour", "version", "gpu", "options")
+    shown = ("flavour", "version", "gpu", "cpu", "options")
     plans = {
-        name: [{field: key[field] for field in shown} for key in keys if key.get("graph") == bundle.graph_digest(name)]
+        name: [
+            {field: key.get(field) for field in shown} for key in keys if key.get("graph") == bundle.graph_digest(name)
+        ]
         for name in bundle.graphs
     }
     return {name: found for name, found in plans.items() if found}

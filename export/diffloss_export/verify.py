@@ -23,11 +23,15 @@ from diffloss_export.reference import Reference, run_loss
 from diffloss_export.widened import widened_specs, write_widened
 from diffloss_trt import DiffLoss
 from diffloss_trt.contract import GRADIENT, PRECISIONS, SCHEDULE
+from diffloss_trt.evaluators import FusedEvaluator
 from diffloss_trt.gradient import trace_gradient
 from diffloss_trt.probe import CHECK_WEIGHTS, Result, deviations, run_gradient, worst_ratio
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.tolerances import DIFFERENCE, FEATURE, PLAIN, PLAIN_DB, Tolerance
 from diffloss_trt.unet import TappedUNet, reload_unet
+
+# Backends that run no ONNX graphs.
+_PYTORCH = ("inductor", "torch")
 
 
 @dataclass(frozen=True)
@@ -111,11 +115,10 @@ def verify_bundle(
                     found = run_gradient(session, reference.probe, CHECK_WEIGHTS[name])
                 _compare(report, check, found, reference.expected[name], DIFFERENCE[precision])
     on_stage("comparing loss and gradient of PyTorch's backward")
-    loss = DiffLoss.load(
-        bundle.path, report.backend, device, backward="recompute", value_range=(-1.0, 1.0), reduction="none"
-    )
+    backend = "torch" if report.backend in _PYTORCH else report.backend
+    loss = DiffLoss.load(bundle.path, backend, device, backward="recompute", value_range=(-1.0, 1.0), reduction="none")
     # The torch backend computes in float32, whatever the precision of the stored weights.
-    plain = PLAIN["fp32" if report.backend == "torch" else bundle.precision]
+    plain = PLAIN["fp32" if backend == "torch" else bundle.precision]
     rows = [index for index, (place, db) in enumerate(reference.places) if db <= PLAIN_DB and place in plain.places]
     for name, weights in CHECK_WEIGHTS.items():
         found = run_loss(loss, reference.probe.part(rows), weights, torch.float32)
@@ -132,7 +135,7 @@ class _Replay:
         self._bundle = bundle
         self._device = device
         self._scratch = scratch
-        self._backend = "onnxruntime" if report.backend == "torch" else report.backend
+        self._backend = "onnxruntime" if report.backend in _PYTORCH else report.backend
         self._widens = widens
         self.precision = "fp32" if self._widens else bundle.precision
 
@@ -151,7 +154,10 @@ class _Replay:
     def open_gradient(self, name: str) -> Iterator[tuple[str, Session, str]]:
         """Yield what to call it, a session, and the precision to hold it to; of a widened graph the program too."""
         yield name, self.open(name), self.precision
-        if self._widens:
+        if self._report.backend == "inductor":
+            evaluator = FusedEvaluator(self._bundle, "inductor", self._device)
+            yield f"{name}, compiled by inductor", evaluator.session(name), self._bundle.precision
+        elif self._widens:
             graph, bundle = self._bundle.graphs[name], self._bundle
             schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
             tapped = TappedUNet(reload_unet(bundle, PRECISIONS[bundle.precision], self._device), schedule)

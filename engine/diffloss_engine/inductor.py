@@ -1,0 +1,109 @@
+"""PyTorch programs compiled ahead of time by inductor, kept in the plan cache, and loaded without a compiler."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffloss_engine.errors import BackendUnavailableError
+from diffloss_engine.plan_cache import PlanCache, gpu_identity
+from diffloss_engine.tensors import TensorSpec
+from diffloss_engine.torch_session import TorchSession
+
+logger = logging.getLogger(__name__)
+
+
+def compile_program(program: nn.Module, inputs: Sequence[Tensor]) -> bytes:
+    """Compile a program whose weights are its buffers, for `inputs` like these and the device that they are on.
+
+    The weights become part of the result, in the layout that the device's kernels like. Takes minutes for a large
+    UNet. Raises BackendUnavailableError if inductor cannot compile it here, for want of a C++ compiler for example.
+    """
+    # Only this backend needs the compiler's machinery, whose import takes seconds.
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.utils import fresh_cache
+
+    options = {"freezing": True, "max_autotune": inputs[0].is_cuda, "cpp.dynamic_threads": True}
+    try:
+        # What inductor leaves in its own cache is as large as the result, and nobody would look for it again.
+        with (
+            TemporaryDirectory() as scratch,
+            fresh_cache(dir=scratch),
+            torch.no_grad(),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            exported = torch.export.export(program, tuple(inputs), strict=False)
+            path = Path(scratch) / "program.pt2"
+            aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
+            return path.read_bytes()
+    # Whatever the compiler's passes raise: they have dozens of classes.
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BackendUnavailableError(f"inductor cannot compile the program here: {first}") from error
+
+
+def open_compiled(
+    key: Mapping[str, Any],
+    build: Callable[[], bytes],
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    device: torch.device,
+) -> TorchSession:
+    """Return a session on a compiled program: the one in the user's cache, or what `build` makes now.
+
+    Raises as `compile_program` and `PlanCache.get` do, and BackendUnavailableError if it cannot be loaded.
+    """
+    from torch._inductor import aoti_load_package
+
+    def tell_and_build() -> bytes:
+        logger.info("compiling a program with inductor, which takes minutes the first time")
+        return build()
+
+    package = PlanCache().get(key, tell_and_build)
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / "program.pt2"
+        path.write_bytes(package)
+        del package  # as large as the weights, twice
+        try:
+            run = aoti_load_package(str(path), device_index=-1 if device.index is None else device.index)
+        except RuntimeError as error:
+            raise BackendUnavailableError(f"a program compiled by inductor cannot be loaded: {error}") from error
+    return TorchSession(run, inputs, outputs, device, backend="inductor")
+
+
+def package_key(
+    digest: str, program: str, precision: str, inputs: Sequence[TensorSpec], device: torch.device
+) -> dict[str, Any]:
+    """Return everything that a compiled program depends on, as a key of `PlanCache`.
+
+    digest: of the graph and its weights; program: of the code that makes the program.
+    """
+    # The code beside the kernels is compiled for this very processor, also where the kernels are a GPU's.
+    capabilities = dict(torch.cpu.get_capabilities())
+    name = capabilities.pop("cpu_name", "CPU")
+    return {
+        "graph": digest,
+        "program": program,
+        "flavour": "inductor",
+        "version": torch.__version__,
+        "gpu": gpu_identity(device) if device.type == "cuda" else None,
+        "cpu": {"name": name, "features": sorted(key for key, value in capabilities.items() if value is True)},
+        "precision": precision,
+        "inputs": [spec.to_json() for spec in inputs],
+        "options": {},
+    }
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 are faster than those of float32 on `device`."""
+    if device.type == "cuda":
+        return True
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
