@@ -1,4 +1,4 @@
-"""Time and memory of an export by stage: `python benchmarks/export.py adm256 --precision fp16`.
+"""Time and memory of an export, and of a build, by stage: `python benchmarks/export.py adm256 --precision fp16`.
 
 The bundle of a public architecture with random weights is written, replayed and thrown away.
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from machine import describe, forget_peak_memory, peak_memory
 from rich.console import Console
 from rich.table import Table
 
+from diffloss_engine.bundle import Bundle
+from diffloss_engine.plan_cache import PlanCache
+from diffloss_engine.trt_build import FLAVOURS
+from diffloss_export.build import BuiltPlan, build_bundle, compile_bundle
 from diffloss_export.pipeline import export_bundle
+from diffloss_trt.loss import choose_device
 
 # How the stages of the export itself begin; the others compare it with float64.
 _EXPORT = ("writing", "exporting")
@@ -32,6 +38,10 @@ class Stages:
         self._started = time.perf_counter()
 
     def begin(self, stage: str) -> None:
+        # Of one stage a builder tells many times how far it is.
+        stage = stage.partition(":")[0]
+        if self.rows and self.rows[-1]["stage"] == stage:
+            return
         self.end()
         forget_peak_memory()
         self._started = time.perf_counter()
@@ -52,6 +62,7 @@ def main() -> None:
     parser.add_argument("configuration", choices=CONFIGURATIONS)
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32")
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--build", choices=(*FLAVOURS, "inductor"), help="build the graphs too, with this backend")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the result")
     args = parser.parse_args()
 
@@ -69,7 +80,11 @@ def main() -> None:
         )
         stages.end()
         bundle_bytes = sum(entry.bytes for entry in bundle.files.values())
-    whole = stages.rows[1:]
+        whole = stages.rows[1:]
+        del model
+        plans = _build(args.build, bundle, Path(folder) / "plans", stages.begin) if args.build else []
+        stages.end()
+    builds = stages.rows[1 + len(whole) :]
     export = [row for row in whole if row["stage"].startswith(_EXPORT)]
     result = {
         **describe(),
@@ -83,15 +98,24 @@ def main() -> None:
         "stages": whole,
         "export": _total(export),
         "export_and_replay": _total(whole),
+        "build": {"backend": args.build, "stages": builds, "bytes": {plan.graph: plan.bytes for plan in plans}},
     }
     table = Table(
         "stage", "s", "peak GiB", title=f"{args.configuration}, {args.precision}, {torch.get_num_threads()} threads"
     )
-    for row in [*whole, {"stage": "export"} | _total(export), {"stage": "export and replay"} | _total(whole)]:
+    totals = [{"stage": "export"} | _total(export), {"stage": "export and replay"} | _total(whole)]
+    for row in [*whole, *totals, *builds]:
         table.add_row(row["stage"], f"{row['seconds']:.1f}", f"{row['peak_memory_bytes'] / 2**30:.2f}")
     Console().print(table)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _build(backend: str, bundle: Bundle, folder: Path, on_stage: Callable[[str], None]) -> list[BuiltPlan]:
+    cache = PlanCache(folder)
+    if backend == "inductor":
+        return compile_bundle(bundle, device=choose_device(None), cache=cache, on_stage=on_stage)
+    return build_bundle(bundle, flavour=backend, cache=cache, on_stage=on_stage)
 
 
 def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BackendError, BackendUnavailableError, InputError, ParityError
+from diffloss_engine.inductor import has_bfloat16
 from diffloss_engine.tensors import concrete_device
 from diffloss_trt.contract import GRADIENT, SCHEDULE, SEMANTIC_GRADIENT
 from diffloss_trt.evaluators import EagerEvaluator, Evaluator, FusedEvaluator, RecomputeEvaluator, gradient_graph
@@ -23,10 +24,6 @@ from diffloss_trt.unet import TappedUNet, reload_unet
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "inductor", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
-_FASTEST_FIRST = {
-    "cuda": ("tensorrt", "tensorrt-rtx", "onnxruntime", "inductor", "torch"),
-    "cpu": ("onnxruntime", "inductor", "torch"),
-}
 BACKWARDS = ("fused", "recompute")
 
 
@@ -287,9 +284,17 @@ def _open(bundle: Bundle, backend: str, device: torch.device, fused: bool, weigh
     return RecomputeEvaluator(bundle, backend, device)
 
 
+def _fastest_first(bundle: Bundle, device: torch.device, fused: bool) -> tuple[str, ...]:
+    if device.type == "cuda":
+        return ("tensorrt", "tensorrt-rtx", "onnxruntime", *(["inductor"] if fused else []), "torch")
+    # In other precisions, compiling for minutes gains little on a CPU.
+    compiles = fused and bundle.precision == "bf16" and has_bfloat16(device)
+    return ("onnxruntime", *(["inductor"] if compiles else []), "torch")
+
+
 def _open_fastest(bundle: Bundle, device: torch.device, fused: bool, weights: tuple[float, float]) -> Evaluator:
     """Open the first backend that runs here and computes rightly, and say which, and why not those before it."""
-    *candidates, last = _FASTEST_FIRST[device.type]
+    *candidates, last = _fastest_first(bundle, device, fused)
     reasons, level = "", logging.INFO
     for backend in candidates:
         try:

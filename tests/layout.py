@@ -11,4 +11,4 @@ SOURCES = {
     "diffloss_export": ROOT / "export" / "diffloss_export",
 }
 # Missing from many installations, or slow to import: imported where they are used, never at a module's top level.
-LATE = ("diffusers", "onnx", "onnxruntime", "onnxscript", "pycuda", "tensorrt", "tensorrt_rtx")
+LATE = ("diffusers", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pycuda", "tensorrt", "tensorrt_rtx")

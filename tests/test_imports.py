@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "diffloss_export": {"diffloss_engine", "diffloss_trt"},
 }
 # For the examples and the tests alone.
-FOREIGN = {"hypothesis", "matplotlib", "pytest", "pywt", "scipy", "skimage", "sklearn"}
+FOREIGN = {"hypothesis", "pytest", "pywt", "scipy", "skimage", "sklearn"}
 MODULES = sorted(path for folder in SOURCES.values() for path in folder.rglob("*.py"))
 
 

@@ -32,6 +32,8 @@ DTYPES: dict[str, Dtype] = {
 
 # Tensors of as few channels are taken for images: a graph's first convolution, which reads one, may be more precise.
 IMAGE_CHANNELS = 4
+# What TensorRT, and vector instructions, ask of a tensor's address. Torch's allocations meet it; a view may not.
+_GPU_ALIGNMENT, _CPU_ALIGNMENT = 256, 64
 
 _FIELDS = frozenset({"name", "dtype", "shape"})
 
@@ -116,3 +118,10 @@ def _check_tensor(spec: TensorSpec, tensor: object, device: torch.device) -> Non
         raise InputTypeError(f"{spec.name!r} has layout {tensor.layout}, expected {torch.strided}")
     if tuple(tensor.shape) != spec.shape:
         raise InputError(f"{spec.name!r} has shape {list(tensor.shape)}, expected {list(spec.shape)}")
+
+
+def addressable(tensor: Tensor) -> Tensor:
+    """Return `tensor` itself, or a copy if it is not dense or begins where machine code expects no tensor to begin."""
+    # A lazily negated tensor (the imaginary part of a conjugate) would be read with the wrong sign.
+    dense = tensor.resolve_neg().contiguous()
+    return dense if dense.data_ptr() % (_GPU_ALIGNMENT if dense.is_cuda else _CPU_ALIGNMENT) == 0 else dense.clone()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.errors import BackendError, InputError, InputTypeError
-from diffloss_engine.tensors import TensorSpec, check_tensors, concrete_device
+from diffloss_engine.tensors import TensorSpec, addressable, check_tensors, concrete_device
 
 
 class TorchSession:
@@ -41,7 +41,8 @@ class TorchSession:
         try:
             # A caller's autocast would reach into the program, whose dtypes are its own business.
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                results = program(*(inputs[spec.name].detach() for spec in self.inputs))
+                # Traced or compiled for dense tensors, a program does not look whether it is given such.
+                results = program(*(addressable(inputs[spec.name].detach()) for spec in self.inputs))
         except torch.OutOfMemoryError:
             # Trainers catch this one to try again with a smaller batch.
             raise

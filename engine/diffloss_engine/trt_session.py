@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffloss_engine.errors import BackendError, BackendUnavailableError
 from diffloss_engine.plan_cache import PlanCache, gpu_identity
-from diffloss_engine.tensors import TensorSpec, check_tensors, concrete_device
+from diffloss_engine.tensors import TensorSpec, addressable, check_tensors, concrete_device
 from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour, recording_logger
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,6 @@ _DTYPES = {
     "int32": "INT32",
     "bool": "BOOL",
 }
-# What TensorRT asks of a tensor's address. Torch's allocations meet it; a view into one may not.
-_ALIGNMENT = 256
 
 
 class TrtSession:
@@ -84,7 +82,7 @@ class TrtSession:
         check_tensors(self.inputs, inputs, self.device)
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
-            given = {spec.name: _addressable(inputs[spec.name].detach()) for spec in self.inputs}
+            given = {spec.name: addressable(inputs[spec.name].detach()) for spec in self.inputs}
             made = {
                 spec.name: torch.empty(spec.shape, dtype=spec.torch_dtype, device=self.device) for spec in self.outputs
             }
@@ -205,9 +203,3 @@ def _compare(trt: ModuleType, engine: Any, inputs: Sequence[TensorSpec], outputs
     }
     if found != expected:
         raise BackendUnavailableError(f"{trt.__name__}: the plan has the tensors {found}, expected {expected}")
-
-
-def _addressable(tensor: Tensor) -> Tensor:
-    """Return `tensor` itself, or a copy if it is not dense or begins where TensorRT reads from no tensor."""
-    dense = tensor.resolve_neg().contiguous()
-    return dense if dense.data_ptr() % _ALIGNMENT == 0 else dense.clone()

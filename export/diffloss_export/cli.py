@@ -111,10 +111,18 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time a step here: this bundle beside eager and compiled PyTorch")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     bench.set_defaults(run=_bench)
+    profile = commands.add_parser("profile", help="time each TensorRT plan on a GPU, whole and by layer")
+    profile.add_argument(
+        "--backend", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt", help="default: tensorrt"
+    )
+    profile.add_argument("--runs", type=int, default=100, metavar="N", help="how often to run each plan (default: 100)")
+    profile.add_argument("-o", "--output", type=Path, metavar="PICTURE", help="draw where the time goes, e.g. as a PNG")
+    profile.add_argument("--json", action="store_true", help="print one JSON object")
+    profile.set_defaults(run=_profile)
     inspect = commands.add_parser("inspect", help="print what a bundle holds")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(run=_inspect)
-    for command in (build, verify, bench, inspect):
+    for command in (build, verify, bench, profile, inspect):
         command.add_argument("bundle", metavar="BUNDLE", help="a folder that 'diffloss-export onnx' wrote")
     for command in (verify, bench):
         command.add_argument(
@@ -296,6 +304,33 @@ def _bench(args: argparse.Namespace) -> int:
     for row in result["rows"]:
         memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**20:8.0f} MiB"
         print(f"  {row['name']:48} {row['median_ms']:9.1f} ms  {row['speedup_vs_eager']:5.2f}x {memory}")
+    return 0
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from diffloss_engine.bundle import Bundle
+    from diffloss_engine.trt_profile import largest
+    from diffloss_export.profile import PERCENTILES, draw, import_figure, profile_bundle, to_json
+
+    bundle = Bundle.open(args.bundle)
+    if args.output:
+        import_figure()  # what is missing is to be known before the plans are run
+    with _stages() as on_stage:
+        profiles = profile_bundle(bundle, flavour=args.backend, runs=args.runs, on_stage=on_stage)
+    if args.output:
+        draw(profiles, args.output)
+    if args.json:
+        print(json.dumps(to_json(profiles), indent=2))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    for name, found in profiles.items():
+        percentiles = ", ".join(f"p{percent} {found.percentile(percent):.3f}" for percent in PERCENTILES)
+        table = Table("layer", "ms", title=f"{name}, ms a run: {percentiles}")
+        for layer, ms in largest(found.layers, 20):
+            table.add_row(layer, f"{ms:.3f}")
+        Console().print(table)
     return 0
 
 

@@ -17,6 +17,7 @@ from diffloss_engine import (
     TensorSpec,
     check_tensors,
 )
+from diffloss_engine.tensors import addressable
 
 CPU = torch.device("cpu")
 SPECS = (TensorSpec("image", "float32", (2, 3)), TensorSpec("timesteps", "int64", (2,)))
@@ -123,3 +124,15 @@ def test_device_without_index_is_the_current_gpu() -> None:
     check_tensors([spec], {"x": torch.zeros(1, device="cuda")}, torch.device("cuda"))
     with pytest.raises(InputTypeError, match="on device cpu, expected cuda:"):
         check_tensors([spec], {"x": torch.zeros(1)}, torch.device("cuda"))
+
+
+def test_addressable() -> None:
+    whole = torch.randn(4, 64)
+    assert addressable(whole) is whole
+    for tensor in (whole.T, whole[1:].flatten()[1:], torch.randn(16, dtype=torch.cfloat).conj().imag):
+        found = addressable(tensor)
+        assert torch.equal(found, tensor)
+        assert found.is_contiguous()
+        assert not found.is_neg()
+        assert found.data_ptr() % 64 == 0
+        assert found.data_ptr() != tensor.data_ptr()

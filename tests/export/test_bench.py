@@ -31,8 +31,8 @@ def test_every_way_computes_the_same_gradient(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_rows_say_what_they_are(exported: Callable[..., Exported], precision: str) -> None:
-    steps = bench._steps(exported(precision=precision).bundle, "auto", CPU, lambda _: None)
     backend = "torch" if precision == "bf16" else "onnxruntime"
+    steps = bench._steps(exported(precision=precision).bundle, backend, CPU, lambda _: None)
     # On a CPU half precision is emulated, so what is compiled there is fp32.
     assert list(steps) == [
         "eager PyTorch fp32",

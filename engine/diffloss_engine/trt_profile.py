@@ -1,0 +1,144 @@
+"""How long a plan takes, and which of its layers: measured with PyCUDA, so that nothing of PyTorch's is in it."""
+
+from __future__ import annotations
+
+import importlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from diffloss_engine.errors import BackendError, BackendUnavailableError
+from diffloss_engine.trt_build import import_flavour, recording_logger
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a plan took, in milliseconds: each whole run, on the GPU; and each layer, the mean over runs of their own.
+
+    Layers are timed one by one, which costs time between them: they add up to more than a run.
+    """
+
+    runs: tuple[float, ...]
+    layers: dict[str, float]
+
+    def percentile(self, percent: float) -> float:
+        """Return the latency that so many per cent of the runs did not exceed."""
+        ranked = sorted(self.runs)
+        return ranked[min(len(ranked) - 1, int(len(ranked) * percent / 100))]
+
+
+def import_driver() -> ModuleType:
+    """Return PyCUDA's driver module, initialised. Raises BackendUnavailableError without PyCUDA or without a GPU."""
+    try:
+        driver = importlib.import_module("pycuda.driver")
+    # Without a driver of the GPU the library that it wants is missing, which is an ImportError or an OSError.
+    except (ImportError, OSError) as error:
+        raise BackendUnavailableError(
+            f"a profile is taken with PyCUDA on a GPU, and PyCUDA cannot be imported ({error}); "
+            "docs/gpu.md says how to install it"
+        ) from error
+    try:
+        driver.init()
+        count = driver.Device.count()
+    # PyCUDA's errors share no base class but this one.
+    except Exception as error:
+        raise BackendUnavailableError(f"a profile is taken on a GPU, and PyCUDA finds none: {error}") from error
+    if not count:
+        raise BackendUnavailableError("a profile is taken on a GPU, and PyCUDA finds none")
+    return driver
+
+
+def profile_plan(
+    plan: bytes | memoryview, *, flavour: str, runs: int = 100, warm_ups: int = 10, layer_runs: int = 10
+) -> Profile:
+    """Run a plan, which the caller trusts, on the first GPU, on zeros.
+
+    Inputs go from pinned memory to the GPU before each run, outside of what is timed by events around it. Raises
+    BackendUnavailableError if there is no GPU or the plan is not for it, BackendError if it fails.
+    """
+    driver, trt = import_driver(), import_flavour(flavour)
+    # The one that everything in this process shares, torch too if it is there.
+    primary = driver.Device(0).retain_primary_context()
+    primary.push()
+    try:
+        return _measure(driver, trt, plan, runs, warm_ups, layer_runs)
+    finally:
+        primary.pop()
+
+
+def _measure(
+    driver: ModuleType, trt: ModuleType, plan: bytes | memoryview, runs: int, warm_ups: int, layer_runs: int
+) -> Profile:
+    logger = recording_logger(trt)
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BackendUnavailableError(f"{trt.__name__} {trt.__version__} refuses the plan: {logger.take()}")
+    context = engine.create_execution_context()
+    if context is None:
+        raise BackendError(f"{trt.__name__} could not make an execution context: {logger.take()}")
+    stream = driver.Stream()
+    inputs, _held = _bind(driver, trt, engine, context)
+
+    def run() -> float:
+        for pinned, memory in inputs:
+            driver.memcpy_htod_async(memory, pinned, stream)
+        start, end = driver.Event(), driver.Event()
+        start.record(stream)
+        if not context.execute_async_v3(stream.handle):
+            raise BackendError(f"{trt.__name__} could not run the plan: {logger.take()}")
+        end.record(stream)
+        end.synchronize()
+        return float(end.time_since(start))
+
+    for _ in range(warm_ups):
+        run()
+    times = tuple(run() for _ in range(runs))
+    profiler = _profiler(trt)
+    context.profiler = profiler
+    for _ in range(layer_runs):
+        run()
+    stream.synchronize()
+    layers = sorted(profiler.totals.items(), key=lambda entry: -entry[1])
+    return Profile(times, {name: total / layer_runs for name, total in layers})
+
+
+def _bind(driver: ModuleType, trt: ModuleType, engine: Any, context: Any) -> tuple[list[tuple[Any, Any]], list[Any]]:
+    """Give each tensor memory; return the inputs' (pinned, on the GPU), and everything that must live as long."""
+    import numpy as np
+
+    inputs, held = [], []
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        # By bytes: NumPy has no bfloat16.
+        size = trt.volume(engine.get_tensor_shape(name)) * engine.get_tensor_dtype(name).itemsize
+        memory = driver.mem_alloc(size)
+        held.append(memory)
+        if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
+            inputs.append((driver.pagelocked_zeros(size, np.uint8), memory))
+        if not context.set_tensor_address(name, int(memory)):
+            raise BackendError(f"{trt.__name__} could not take the address of {name!r}")
+    return inputs, held
+
+
+def _profiler(trt: ModuleType) -> Any:
+    class Profiler(trt.IProfiler):  # type: ignore[misc, name-defined]
+        """Adds up what is reported of each layer."""
+
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.totals: dict[str, float] = defaultdict(float)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.totals[layer_name] += ms
+
+    return Profiler()
+
+
+def largest(layers: dict[str, float], count: int) -> Sequence[tuple[str, float]]:
+    """Return the slowest layers, and what the others take together, if there are more."""
+    named = list(layers.items())[:count]
+    rest = len(layers) - len(named)
+    return [*named, (f"{rest} others", sum(list(layers.values())[count:]))] if rest else named

@@ -1,0 +1,90 @@
+"""Where the time of a bundle's plans goes, as numbers, as a table and as a picture."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffloss_engine.bundle import Bundle
+from diffloss_engine.errors import InputError
+from diffloss_engine.plan_cache import PlanCache
+from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour
+from diffloss_engine.trt_profile import Profile, import_driver, largest, profile_plan
+from diffloss_engine.trt_session import plan_key
+
+PERCENTILES = (50, 90, 99)
+_SHOWN = 20
+
+
+def profile_bundle(
+    bundle: Bundle, *, flavour: str, runs: int = 100, on_stage: Callable[[str], None] = lambda _: None
+) -> dict[str, Profile]:
+    """Run the plan of each graph, building it if it is not in the user's cache; by the graph's name.
+
+    Raises BackendUnavailableError where there is no GPU, PyCUDA or TensorRT, InputError if `runs` is below 1, and as
+    `build_plan` and `profile_plan` do.
+    """
+    if runs < 1:
+        raise InputError(f"the number of runs is {runs}; expected at least 1")
+    import_driver()
+    import_flavour(flavour)
+    cache, profiles = PlanCache(), {}
+    for name, graph in bundle.graphs.items():
+        on_stage(f"building the {name} graph, unless that has been done")
+        file = bundle.graph_file(name)
+        key = plan_key(
+            flavour,
+            bundle.graph_digest(name),
+            bundle.precision,
+            graph.inputs,
+            BuildOptions(),
+            torch.device("cuda", 0),
+        )
+        build = functools.partial(build_plan, file, flavour=flavour, precision=bundle.precision)
+        plan = cache.get(key, build)
+        on_stage(f"running the {name} graph")
+        profiles[name] = profile_plan(plan, flavour=flavour, runs=runs)
+    return profiles
+
+
+def to_json(profiles: dict[str, Profile]) -> dict[str, Any]:
+    """Return the profiles as JSON values, in milliseconds."""
+    return {
+        name: {
+            "runs": len(profile.runs),
+            "latency_ms": {f"p{percent}": profile.percentile(percent) for percent in PERCENTILES},
+            "layers_ms": profile.layers,
+        }
+        for name, profile in profiles.items()
+    }
+
+
+def draw(profiles: dict[str, Profile], picture: Path) -> None:
+    """Draw a bar for each of the slowest layers of each graph. Raises InputError without matplotlib."""
+    figure_class = import_figure()
+    figure = figure_class(figsize=(10, 4.5 * len(profiles)), layout="constrained")
+    rows = figure.subplots(len(profiles), squeeze=False)[:, 0]
+    for axes, (name, profile) in zip(rows, profiles.items(), strict=True):
+        bars = largest(profile.layers, _SHOWN)
+        axes.barh([_shortened(layer) for layer, _ in bars], [ms for _, ms in bars])
+        axes.invert_yaxis()
+        axes.set_xlabel("ms")
+        axes.set_title(f"{name}: {profile.percentile(50):.2f} ms a run (median)")
+    figure.savefig(picture)
+
+
+def import_figure() -> Any:
+    """Return matplotlib's class of figures. Raises InputError if it is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError(f"a picture is drawn with matplotlib, which cannot be imported: {error}") from error
+    return Figure
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 60 else f"{name[:40]}...{name[-17:]}"

@@ -1,0 +1,80 @@
+"""`diffloss-export profile`: refused without a GPU, run where there is one; the picture is drawn for real."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+
+from diffloss_engine.trt_profile import Profile
+from diffloss_export.cli import main
+from diffloss_export.profile import draw, to_json
+from exports import Exported
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_without_a_gpu_that_is_said(
+    backend: str, exported: Callable[..., Exported], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["profile", str(exported().bundle.path), "--backend", backend]) == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    (line,) = captured.err.splitlines()
+    assert line.startswith("diffloss-export: a profile is taken ")
+    assert "GPU" in line
+
+
+def test_number_of_runs_is_checked(exported: Callable[..., Exported], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", str(exported().bundle.path), "--runs", "0"]) == 2
+    assert "runs is 0; expected at least 1" in capsys.readouterr().err
+
+
+PROFILES = {
+    "encoder": Profile((2.0, 1.0, 3.0), {"conv_in": 0.5, "norm": 0.25}),
+    "gradient": Profile(
+        (9.0,), {f"layer {index}, of a name that is much too long for an axis of a picture": 1.0 for index in range(50)}
+    ),
+}
+
+
+def test_picture(tmp_path: Path) -> None:
+    draw(PROFILES, tmp_path / "profile.png")
+    image = matplotlib.image.imread(tmp_path / "profile.png")
+    assert image.shape[:2] == (900, 1000)
+    assert image.std() > 0.05
+
+
+def test_json() -> None:
+    found = json.loads(json.dumps(to_json(PROFILES)))
+    assert found["encoder"] == {
+        "runs": 3,
+        "latency_ms": {"p50": 2.0, "p90": 3.0, "p99": 3.0},
+        "layers_ms": {"conv_in": 0.5, "norm": 0.25},
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_profile(
+    backend: str,
+    exported: Callable[..., Exported],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("pycuda")
+    pytest.importorskip(backend.replace("-", "_"))
+    monkeypatch.setenv("DIFFLOSS_CACHE", str(tmp_path / "plans"))
+    bundle, picture = exported(precision="fp16").bundle, tmp_path / "profile.png"
+    assert main(["profile", str(bundle.path), "--backend", backend, "--json", "-o", str(picture)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == bundle.graphs.keys()
+    for profile in found.values():
+        assert 0 < profile["latency_ms"]["p50"] <= profile["latency_ms"]["p99"]
+        assert sum(profile["layers_ms"].values()) > 0
+    assert picture.stat().st_size > 1000
