@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,9 @@ from torch import Tensor, nn
 
 from diffloss_engine.errors import BackendUnavailableError
 from diffloss_engine.plan_cache import PlanCache, gpu_identity
+from diffloss_engine.progress import long_wait
 from diffloss_engine.tensors import TensorSpec
 from diffloss_engine.torch_session import TorchSession
-
-logger = logging.getLogger(__name__)
 
 
 def compile_program(program: nn.Module, inputs: Sequence[Tensor]) -> bytes:
@@ -63,8 +61,8 @@ def open_compiled(
     from torch._inductor import aoti_load_package
 
     def tell_and_build() -> bytes:
-        logger.info("compiling a program with inductor, which takes minutes the first time")
-        return build()
+        with long_wait("compiling a program with inductor"):
+            return build()
 
     package = PlanCache().get(key, tell_and_build)
     with TemporaryDirectory() as scratch:

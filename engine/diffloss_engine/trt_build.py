@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 from collections.abc import Callable
@@ -93,12 +94,32 @@ def recording_logger(trt: ModuleType) -> Any:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                 self._errors.append(" ".join(message.split()))
 
+        @property
+        def failed(self) -> bool:
+            """Whether an error was logged since the last call of `take`."""
+            return bool(self._errors)
+
         def take(self) -> str:
             line = "; ".join(dict.fromkeys(self._errors)) or "it gave no reason"
             self._errors.clear()
             return line
 
     return Recorder()
+
+
+def make_runtime(trt: ModuleType, logger: Any) -> Any:
+    """Return TensorRT's runtime. Raises BackendUnavailableError if the GPU's driver is missing or too old for it."""
+    return _working(trt, trt.Runtime(logger), logger)
+
+
+def _working(trt: ModuleType, made: Any, logger: Any) -> Any:
+    """Return a runtime or a builder. Raises BackendUnavailableError if it could not be made."""
+    # Then the binding returns an object all the same, and a call of that ends the process; so does its destructor,
+    # which therefore must never run.
+    if logger.failed:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
+        raise BackendUnavailableError(f"{trt.__name__} {trt.__version__} does not work here: {logger.take()}")
+    return made
 
 
 def build_plan(
@@ -122,7 +143,7 @@ def build_plan(
     """
     trt = import_flavour(flavour)
     logger = recording_logger(trt)
-    builder = _made(trt.Builder(logger), logger, "make a builder")
+    builder = _working(trt, trt.Builder(logger), logger)
     network = _parse(trt, builder, logger, graph_file)
     check_precision(trt, network, precision)
     config = _made(builder.create_builder_config(), logger, "make a configuration")

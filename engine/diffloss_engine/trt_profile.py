@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from diffloss_engine.errors import BackendError, BackendUnavailableError
-from diffloss_engine.trt_build import import_flavour, recording_logger
+from diffloss_engine.trt_build import import_flavour, make_runtime, recording_logger
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _measure(
     driver: ModuleType, trt: ModuleType, plan: bytes | memoryview, runs: int, warm_ups: int, layer_runs: int
 ) -> Profile:
     logger = recording_logger(trt)
-    runtime = trt.Runtime(logger)
+    runtime = make_runtime(trt, logger)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise BackendUnavailableError(f"{trt.__name__} {trt.__version__} refuses the plan: {logger.take()}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,9 @@ from torch import Tensor
 
 from diffloss_engine.errors import BackendError, BackendUnavailableError
 from diffloss_engine.plan_cache import PlanCache, gpu_identity
+from diffloss_engine.progress import long_wait
 from diffloss_engine.tensors import TensorSpec, addressable, check_tensors, concrete_device
-from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour, recording_logger
-
-logger = logging.getLogger(__name__)
+from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour, make_runtime, recording_logger
 
 # In TensorRT's names.
 _DTYPES = {
@@ -62,7 +60,7 @@ class TrtSession:
         # An engine belongs to the GPU that is current when it is made.
         with torch.cuda.device(self.device):
             self._stream = torch.cuda.Stream()
-            self._runtime = trt.Runtime(self._logger)
+            self._runtime = make_runtime(trt, self._logger)
             engine = self._runtime.deserialize_cuda_engine(plan)
             if engine is None:
                 raise BackendUnavailableError(f"{flavour} {trt.__version__} refuses the plan: {self._logger.take()}")
@@ -140,8 +138,8 @@ def open_plan(
     key = next((other for other in cache.list_keys() if _without_options(other) == _without_options(key)), key)
 
     def build() -> memoryview:
-        logger.info("building a plan of %s with %s, which takes minutes the first time", graph_file, flavour)
-        return build_plan(graph_file, flavour=flavour, precision=precision)
+        with long_wait(f"building a plan of {graph_file} with {flavour}"):
+            return build_plan(graph_file, flavour=flavour, precision=precision)
 
     with torch.cuda.device(device):
         try:

@@ -337,10 +337,11 @@ def _profile(args: argparse.Namespace) -> int:
 @contextmanager
 def _stages() -> Iterator[Callable[[str], None]]:
     """Show on stderr the step that runs and for how long; on a terminal in a line that goes away."""
-    from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
+    from diffloss_engine.progress import stderr_console
+
+    console = stderr_console()
     started = time.monotonic()
     # What libraries warn about their own insides is not for the user of a command.
     with warnings.catch_warnings(), _lasting_interrupt() as check_interrupt:

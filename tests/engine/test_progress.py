@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+
+from diffloss_engine import progress
+
+LINE = "compiling, which takes minutes the first time"
+
+
+def test_without_a_terminal_it_is_a_line_in_the_log(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.INFO), progress.long_wait("compiling"):
+        pass
+    assert [record.getMessage() for record in caplog.records] == [LINE]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_on_a_terminal_it_is_shown_and_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside another display of the same console too, as in a command that loads a loss."""
+    import os
+    import pty
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        console = Console(file=terminal, force_terminal=True, width=80)
+        monkeypatch.setattr(progress, "stderr_console", lambda: console)
+        with Progress(console=console, transient=True) as outer:
+            outer.add_task("verifying", total=None)
+            with pytest.raises(KeyError), progress.long_wait("compiling"):
+                raise KeyError("what went wrong inside")
+    shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert "compiling" in shown
+    assert "verifying" in shown
+    assert shown.endswith("\x1b[2K")  # the last thing is that the line is erased
