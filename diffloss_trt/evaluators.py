@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol, Self
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from diffloss_engine.batching import run_batched
 from diffloss_engine.bundle import Bundle
+from diffloss_engine.cuda_graph import GraphedSession
 from diffloss_engine.inductor import compile_program, has_bfloat16, open_compiled, package_key
 from diffloss_engine.session import Session, open_graph
 from diffloss_engine.torch_session import TorchSession
@@ -181,9 +183,17 @@ class FusedEvaluator(_BundleEvaluator):
 
     backward = "fused"
 
-    def __init__(self, bundle: Bundle, backend: str, device: torch.device) -> None:
+    def __init__(self, bundle: Bundle, backend: str, device: torch.device, *, cuda_graph: bool = False) -> None:
         super().__init__(bundle, backend, device)
+        self.cuda_graph = cuda_graph
         self.sessions: dict[str, Session] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        make = functools.partial(type(self), cuda_graph=self.cuda_graph)
+        return make, (self.bundle, self.backend, self.device)
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)(self.bundle, self.backend, device, cuda_graph=self.cuda_graph and device.type == "cuda")
 
     def session(self, name: str) -> Session:
         """Return the session of a gradient graph; it is opened, and checked, the first time that it is asked for.
@@ -198,7 +208,9 @@ class FusedEvaluator(_BundleEvaluator):
                 session = open_compiled(*self.package(name), graph.inputs, graph.outputs, self.device)
             else:
                 session = self._open(name)
-            if self.backend != "torch":
+            if self.cuda_graph:
+                session = GraphedSession(session)
+            if self.backend != "torch" or self.cuda_graph:
                 # A miscompiled engine must not train anyone's network.
                 check_session(session, name, self.bundle)
             self.sessions[name] = session

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,7 @@ class DiffLoss(nn.Module):
         backward: str | None = None,
         reduction: str = "mean",
         value_range: Sequence[float] = (0.0, 1.0),
+        cuda_graph: bool = False,
     ) -> Self:
         """Return the loss on a bundle that `diffloss-export onnx` wrote.
 
@@ -110,6 +111,8 @@ class DiffLoss(nn.Module):
                 gradient. By default fused, unless the bundle has no gradient graph.
             reduction: "mean" over the batch, or "none" for a loss of each sample.
             value_range: the range of the images passed in, (low, high).
+            cuda_graph: whether to record the engine's work as a CUDA graph when it is loaded. That is faster where
+                launching its kernels takes longer than running them: for small images or batches.
 
         Raises:
             BundleError: the folder is no bundle, or was written by a newer version.
@@ -126,7 +129,10 @@ class DiffLoss(nn.Module):
         place = choose_device(device)
         opened = Bundle.open(bundle)
         fused = _has_gradient(opened, backward) and backward != "recompute"
-        evaluator = _open(opened, backend, place, fused, (naturalness_weight, semantic_weight))
+        if cuda_graph and not (fused and place.type == "cuda"):
+            raise InputError("cuda_graph is for a CUDA device and backward='fused'")
+        wanted = _Wanted(fused, cuda_graph, (naturalness_weight, semantic_weight))
+        evaluator = _open(opened, backend, place, wanted)
         return cls(
             evaluator,
             naturalness_weight=naturalness_weight,
@@ -268,13 +274,19 @@ def _has_gradient(bundle: Bundle, backward: str | None) -> bool:
     return False
 
 
-def _open(bundle: Bundle, backend: str, device: torch.device, fused: bool, weights: tuple[float, float]) -> Evaluator:
+class _Wanted(NamedTuple):
+    fused: bool
+    cuda_graph: bool
+    weights: tuple[float, float]
+
+
+def _open(bundle: Bundle, backend: str, device: torch.device, wanted: _Wanted) -> Evaluator:
     if backend == "auto":
-        return _open_fastest(bundle, device, fused, weights)
-    if fused:
-        evaluator = FusedEvaluator(bundle, backend, device)
-        if any(weights):
-            evaluator.session(gradient_graph(weights))  # what cannot run is to be known before training starts
+        return _open_fastest(bundle, device, wanted)
+    if wanted.fused:
+        evaluator = FusedEvaluator(bundle, backend, device, cuda_graph=wanted.cuda_graph)
+        if any(wanted.weights):
+            evaluator.session(gradient_graph(wanted.weights))  # what cannot run is to be known before training starts
         return evaluator
     if backend == "inductor":
         raise BackendUnavailableError("inductor compiles gradient graphs, and these alone: load with backward='fused'")
@@ -292,13 +304,13 @@ def _fastest_first(bundle: Bundle, device: torch.device, fused: bool) -> tuple[s
     return ("onnxruntime", *(["inductor"] if compiles else []), "torch")
 
 
-def _open_fastest(bundle: Bundle, device: torch.device, fused: bool, weights: tuple[float, float]) -> Evaluator:
+def _open_fastest(bundle: Bundle, device: torch.device, wanted: _Wanted) -> Evaluator:
     """Open the first backend that runs here and computes rightly, and say which, and why not those before it."""
-    *candidates, last = _fastest_first(bundle, device, fused)
+    *candidates, last = _fastest_first(bundle, device, wanted.fused)
     reasons, level = "", logging.INFO
     for backend in candidates:
         try:
-            evaluator = _open(bundle, backend, device, fused, weights)
+            evaluator = _open(bundle, backend, device, wanted)
         except (BackendUnavailableError, BackendError, ParityError) as error:
             reasons += f"; not {backend}, because: {error}"
             if not isinstance(error, BackendUnavailableError):
@@ -307,4 +319,4 @@ def _open_fastest(bundle: Bundle, device: torch.device, fused: bool, weights: tu
             logger.log(level, "backend auto: %s on %s%s", backend, device, reasons)
             return evaluator
     logger.warning("backend auto: %s on %s%s", last, device, reasons)
-    return _open(bundle, last, device, fused, weights)
+    return _open(bundle, last, device, wanted)

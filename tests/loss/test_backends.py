@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import BackendUnavailableError
+from diffloss_engine.errors import BackendUnavailableError, InputError
 from diffloss_export.models import LoadedModel
 from diffloss_export.pipeline import export_bundle
 from diffloss_trt import DiffLoss, NoiseSchedule
@@ -230,6 +230,27 @@ def test_a_cuda_graph_captures_the_whole_step(backend: str, precision: str, loss
     graph.replay()
     torch.cuda.synchronize()
     assert errors((value.cpu().double(), gradient.cpu().double()), wanted) == pytest.approx((0, 0), abs=1e-6)
+
+
+@on_gpu
+def test_recorded_as_a_cuda_graph(
+    backend: str, precision: str, loss_of: Callable[..., DiffLoss], bundle_of: Callable[[str], Bundle]
+) -> None:
+    loss = loss_of(CUDA, backend, precision)
+    recorded = DiffLoss.load(bundle_of(precision).path, backend, CUDA, *WEIGHTS, value_range=(-1, 1), cuda_graph=True)
+    for count in (1, 2, 5):
+        wanted = step(loss, probe(count))
+        assert errors(step(recorded, probe(count)), wanted) == pytest.approx((0, 0), abs=1e-6)
+    found, streams = [], [torch.cuda.Stream() for _ in range(2)]
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            found.append(step(recorded, probe(5)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_cuda_graph_wants_a_gpu_and_an_engine(bundle_of: Callable[[str], Bundle]) -> None:
+    with pytest.raises(InputError, match="cuda_graph is for a CUDA device and backward='fused'"):
+        DiffLoss.load(bundle_of("fp32").path, "onnxruntime", CPU, cuda_graph=True)
 
 
 @on_gpu
