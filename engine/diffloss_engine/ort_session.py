@@ -165,8 +165,8 @@ def _create(
     options.inter_op_num_threads = 1
     # Spinning threads would steal cores from data loaders.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # One block planned for all activations of a gradient graph was half as large again, and a tenth slower, than the
-    # arena that hands them out one by one (ONNX Runtime 1.32, CPU).
+    # One block planned for all activations of a gradient graph was half as large again as the arena that hands them out
+    # one by one, and no faster (benchmarks/design.py; ONNX Runtime 1.32, CPU).
     options.enable_mem_pattern = False
     # Errors come as exceptions; warnings about single nodes are not for the user of a loss.
     options.log_severity_level = 3
