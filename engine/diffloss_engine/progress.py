@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -22,17 +23,21 @@ def stderr_console() -> Console:
     return Console(stderr=True)
 
 
+def spinner() -> Progress:
+    """Return a display of what runs and for how long, which goes away when it is done."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    return Progress(*columns, console=stderr_console(), transient=True)
+
+
 @contextmanager
 def long_wait(what: str) -> Iterator[None]:
     """Say `what` is going on while the block runs."""
     logger.info("%s, which takes minutes the first time", what)
-    console = stderr_console()
-    if not console.is_terminal:
+    if not stderr_console().is_terminal:
         yield
         return
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with spinner() as progress:
         progress.add_task(what, total=None)
         yield

@@ -133,9 +133,7 @@ def open_plan(
         raise BackendUnavailableError(f"{flavour} needs a GPU that torch can use; on device {device} there is none")
     device = concrete_device(device)
     cache = PlanCache()
-    key = plan_key(flavour, digest, precision, inputs, BuildOptions(), device)
-    # One that was built with other options was built on purpose; the latest counts.
-    key = next((other for other in cache.list_keys() if _without_options(other) == _without_options(key)), key)
+    key = chosen_key(cache, plan_key(flavour, digest, precision, inputs, BuildOptions(), device))
 
     def build() -> memoryview:
         with long_wait(f"building a plan of {graph_file} with {flavour}"):
@@ -178,6 +176,12 @@ def plan_key(
         "inputs": [spec.to_json() for spec in inputs],
         "options": options.to_json(),
     }
+
+
+def chosen_key(cache: PlanCache, key: dict[str, Any]) -> dict[str, Any]:
+    """Return the key of the plan that is used for `key`: the latest that is kept, whatever its options, or `key`."""
+    # One that was built with other options was built on purpose.
+    return next((other for other in cache.list_keys() if _without_options(other) == _without_options(key)), key)
 
 
 def _without_options(key: Mapping[str, Any]) -> dict[str, Any]:

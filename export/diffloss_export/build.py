@@ -11,7 +11,7 @@ import torch
 
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BackendUnavailableError
-from diffloss_engine.plan_cache import PlanCache
+from diffloss_engine.plan_cache import Key, Plan, PlanCache
 from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour
 from diffloss_engine.trt_session import plan_key
 from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
@@ -52,12 +52,9 @@ def build_bundle(
         on_stage(f"checking the {name} graph")
         file, graph = bundle.graph_file(name), bundle.graphs[name]
         key = plan_key(flavour, bundle.graph_digest(name), bundle.precision, graph.inputs, options, device)
-        seconds = None
 
-        def make() -> memoryview:
-            nonlocal seconds
-            started = time.perf_counter()
-            plan = build_plan(
+        def make() -> Plan:
+            return build_plan(
                 file,
                 flavour=flavour,
                 precision=bundle.precision,
@@ -65,11 +62,8 @@ def build_bundle(
                 timing_cache=timing_cache,
                 on_progress=_teller(f"building the {name} graph", on_stage),
             )
-            seconds = time.perf_counter() - started
-            return plan
 
-        plan = cache.get(key, make)
-        return BuiltPlan(name, len(plan), seconds)
+        return _timed(name, cache, key, make)
 
     return [build(name) for name in bundle.graphs]
 
@@ -93,20 +87,24 @@ def compile_bundle(
 
     def build(name: str) -> BuiltPlan:
         on_stage(f"compiling the {name} graph")
-        key, compile_graph = evaluator.package(name)
-        seconds = None
-
-        def make() -> bytes:
-            nonlocal seconds
-            started = time.perf_counter()
-            package = compile_graph()
-            seconds = time.perf_counter() - started
-            return package
-
-        package = cache.get(key, make)
-        return BuiltPlan(name, len(package), seconds)
+        return _timed(name, cache, *evaluator.package(name))
 
     return [build(name) for name in names]
+
+
+def _timed(name: str, cache: PlanCache, key: Key, make: Callable[[], Plan]) -> BuiltPlan:
+    """Have the plan of a graph made unless it is in the cache, and say how long that took."""
+    seconds = None
+
+    def build() -> Plan:
+        nonlocal seconds
+        started = time.perf_counter()
+        plan = make()
+        seconds = time.perf_counter() - started
+        return plan
+
+    plan = cache.get(key, build)
+    return BuiltPlan(name, len(plan), seconds)
 
 
 def _teller(what: str, on_stage: Callable[[str], None]) -> Callable[[str, float], None]:

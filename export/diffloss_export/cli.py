@@ -337,16 +337,13 @@ def _profile(args: argparse.Namespace) -> int:
 @contextmanager
 def _stages() -> Iterator[Callable[[str], None]]:
     """Show on stderr the step that runs and for how long; on a terminal in a line that goes away."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from diffloss_engine.progress import spinner, stderr_console
 
-    from diffloss_engine.progress import stderr_console
-
-    console = stderr_console()
     started = time.monotonic()
     # What libraries warn about their own insides is not for the user of a command.
     with warnings.catch_warnings(), _lasting_interrupt() as check_interrupt:
         warnings.simplefilter("ignore")
-        if not console.is_terminal:
+        if not stderr_console().is_terminal:
 
             def tell(stage: str) -> None:
                 check_interrupt()
@@ -354,9 +351,7 @@ def _stages() -> Iterator[Callable[[str], None]]:
 
             yield tell
             return
-        with Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
-        ) as progress:
+        with spinner() as progress:
             task = progress.add_task("starting", total=None)
 
             def show(stage: str) -> None:
