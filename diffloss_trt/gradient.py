@@ -75,7 +75,7 @@ def trace_gradient(
     device = next(tapped.unet.parameters()).device
     state = tapped.unet.state_dict()
     tables = tapped.schedule.tables(device, outside)
-    constants = {**captured.constants, _SIGNAL_TABLE: tables[0], _NOISE_TABLE: tables[1]}
+    constants = {**captured.constants, _SIGNAL_TABLE: tables.signal, _NOISE_TABLE: tables.noise}
     image, number = (batch_size, tapped.channels, *resolution), (batch_size,)
     shapes = {RESTORED: image, TARGET: image, NOISE: image, TIMESTEPS: number}
     shapes |= {NATURALNESS_WEIGHT: number} if with_noise else {}

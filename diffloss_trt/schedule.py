@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,15 +12,27 @@ from diffloss_engine.errors import BundleError, InputError, ModelError
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
+class Tables(NamedTuple):
+    """sqrt(abar), sqrt(1 - abar), and what the UNet is told (None: the timestep itself), of every timestep, [T]."""
+
+    signal: Tensor
+    noise: Tensor
+    unet_timesteps: Tensor | None
+
+
 class NoiseSchedule:
     """A variance-preserving noise schedule and what the UNet predicts under it.
 
     `alphas_cumprod` is the cumulative product of 1 - beta, float64 [T] in [0, 1], falling
     (Ho et al., Denoising Diffusion Probabilistic Models, 2020, equation 4). `prediction_type` is
     "epsilon" (the noise), "v_prediction" (Salimans & Ho, 2022) or "sample" (the clean image).
+    `unet_timesteps` [T] is what the UNet is told at each timestep, where that is not its index: on a schedule that
+    keeps some of the steps that the UNet was trained on, or whose steps are counted in another unit.
     """
 
-    def __init__(self, alphas_cumprod: Tensor, prediction_type: str = "epsilon") -> None:
+    def __init__(
+        self, alphas_cumprod: Tensor, prediction_type: str = "epsilon", unet_timesteps: Tensor | None = None
+    ) -> None:
         if prediction_type not in PREDICTION_TYPES:
             raise InputError(f"prediction_type is {prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}")
         table = alphas_cumprod.detach().to("cpu", torch.float64)
@@ -30,9 +42,15 @@ class NoiseSchedule:
             raise InputError("alphas_cumprod must lie in [0, 1] and never rise")
         if prediction_type == "sample" and bool((table == 1).any()):
             raise InputError("alphas_cumprod contains 1, where a predicted sample says nothing of the noise")
+        if unet_timesteps is not None:
+            unet_timesteps = unet_timesteps.detach().to("cpu", torch.float64)
+            usable = unet_timesteps.isfinite() & (unet_timesteps >= 0)
+            if unet_timesteps.shape != table.shape or not bool(usable.all()):
+                raise InputError(f"unet_timesteps must be {len(table)} finite numbers >= 0, one for each timestep")
         self.alphas_cumprod = table
         self.prediction_type = prediction_type
-        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self.unet_timesteps = unet_timesteps
+        self._tables: dict[tuple[torch.device, torch.dtype], Tables] = {}
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:
@@ -50,18 +68,25 @@ class NoiseSchedule:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object from which `from_json` makes exactly this schedule."""
-        return {"prediction_type": self.prediction_type, "alphas_cumprod": self.alphas_cumprod.tolist()}
+        told = {} if self.unet_timesteps is None else {"unet_timesteps": self.unet_timesteps.tolist()}
+        return {"prediction_type": self.prediction_type, "alphas_cumprod": self.alphas_cumprod.tolist(), **told}
 
     @classmethod
     def from_json(cls, value: Any) -> NoiseSchedule:
         """Undo `to_json`; `BundleError` if `value` is not such an object."""
-        if not isinstance(value, dict) or set(value) != {"prediction_type", "alphas_cumprod"}:
-            raise BundleError("the schedule must be an object with prediction_type and alphas_cumprod alone")
-        numbers = value["alphas_cumprod"]
-        if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
-            raise BundleError("the schedule's alphas_cumprod must be a list of numbers")
+        if not isinstance(value, dict) or set(value) - {"unet_timesteps"} != {"prediction_type", "alphas_cumprod"}:
+            raise BundleError(
+                "the schedule must be an object with prediction_type and alphas_cumprod alone, or unet_timesteps too"
+            )
+        tables = {name: numbers for name, numbers in value.items() if name != "prediction_type"}
+        for name, numbers in tables.items():
+            if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
+                raise BundleError(f"the schedule's {name} must be a list of numbers")
         try:
-            return cls(torch.tensor(numbers, dtype=torch.float64), value["prediction_type"])
+            return cls(
+                prediction_type=value["prediction_type"],
+                **{name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in tables.items()},
+            )
         except (InputError, OverflowError) as error:
             raise BundleError(f"the schedule is not usable: {error}") from error
 
@@ -77,15 +102,24 @@ class NoiseSchedule:
         The roots are taken in float64, so that 1 - abar keeps its digits at small timesteps.
         """
         index = timesteps.long()
-        signal, noise = self.tables(timesteps.device, dtype)
-        return signal[index].view(-1, 1, 1, 1), noise[index].view(-1, 1, 1, 1)
+        tables = self.tables(timesteps.device, dtype)
+        return tables.signal[index].view(-1, 1, 1, 1), tables.noise[index].view(-1, 1, 1, 1)
 
-    def tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return sqrt(abar) and sqrt(1 - abar) of every timestep, each [T]."""
+    def told(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what the UNet is told at `timesteps` (integer valued, [B]): [B], of `dtype` where it is not these."""
+        table = self.tables(timesteps.device, dtype).unet_timesteps
+        return timesteps if table is None else table[timesteps.long()]
+
+    def tables(self, device: torch.device, dtype: torch.dtype) -> Tables:
+        """Return what depends on the timestep alone."""
         key = (device, dtype)
         if key not in self._tables:
-            signal, noise = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
-            self._tables[key] = signal.to(device, dtype), noise.to(device, dtype)
+            told = self.unet_timesteps
+            self._tables[key] = Tables(
+                self.alphas_cumprod.sqrt().to(device, dtype),
+                (1 - self.alphas_cumprod).sqrt().to(device, dtype),
+                None if told is None else told.to(device, dtype),
+            )
         return self._tables[key]
 
     def add_noise(self, image: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

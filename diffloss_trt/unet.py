@@ -9,9 +9,25 @@ from torch import Tensor, nn
 
 from diffloss_engine.errors import ModelError
 from diffloss_trt.schedule import NoiseSchedule
+from diffloss_trt.unet_config import build_unet
 
 if TYPE_CHECKING:
     from diffloss_engine.bundle import Bundle
+
+
+# The others of diffusers are for other models, or are not known to work in a UNet2DModel.
+BLOCKS = (
+    "DownBlock2D",
+    "UpBlock2D",
+    "AttnDownBlock2D",
+    "AttnUpBlock2D",
+    "ResnetDownsampleBlock2D",
+    "ResnetUpsampleBlock2D",
+    "SkipDownBlock2D",
+    "SkipUpBlock2D",
+    "AttnSkipDownBlock2D",
+    "AttnSkipUpBlock2D",
+)
 
 
 class Encoded(NamedTuple):
@@ -64,6 +80,7 @@ class TappedUNet(nn.Module):
         hidden = noisy.to(self.dtype)
         if unet.config.center_input_sample:
             hidden = 2 * hidden - 1
+        timesteps = self.schedule.told(timesteps, torch.promote_types(self.dtype, torch.float32))
         # The sinusoid is float32 whatever the UNet's dtype: in half precision timesteps above 2048 would merge.
         sinusoid = unet.time_proj(timesteps if unet.config.time_embedding_type == "positional" else timesteps.long())
         embedding = unet.time_embedding(sinusoid.to(self.dtype))
@@ -122,7 +139,13 @@ def check_unet(unet: Any) -> None:
     if "cross_attention_dim" in config:
         raise ModelError(f"{name} is conditional (cross_attention_dim): only unconditional UNets can be used")
     if getattr(unet, "class_embedding", None) is not None:
-        raise ModelError(f"{name} is class-conditional (class_embedding): only unconditional UNets can be used")
+        raise ModelError(
+            f"{name} is class-conditional (class_embedding): only unconditional UNets can be used; "
+            "'diffloss-export onnx --class-label' makes one of it for one class"
+        )
+    for block in (*unet.down_blocks, *unet.up_blocks):
+        if type(block).__name__ not in BLOCKS:
+            raise ModelError(f"{name} has a {type(block).__name__}; expected blocks of {', '.join(BLOCKS)}")
     if config.get("time_embedding_type") == "fourier":
         raise ModelError(f"{name} has time_embedding_type 'fourier': only UNets that take timesteps can be used")
     channels, produced = config["in_channels"], config["out_channels"]
@@ -138,7 +161,6 @@ def check_unet(unet: Any) -> None:
 
 def reload_unet(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Any:
     """Make the `diffusers.UNet2DModel` of a bundle; `BundleError` if its weights do not fit its configuration."""
-    from diffusers import UNet2DModel
     from safetensors.torch import load_file
 
     from diffloss_engine.errors import BundleError
@@ -147,8 +169,7 @@ def reload_unet(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Any
     config = bundle.read_json(UNET_CONFIG)
     weights = load_file(bundle.file(UNET_WEIGHTS))
     try:
-        with torch.device("meta"):
-            unet = UNet2DModel.from_config(config)
+        unet = build_unet(config)
         unet.load_state_dict(
             {key: weight.to(device, dtype) for key, weight in weights.items()}, strict=True, assign=True
         )

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     onnx = commands.add_parser("onnx", help="export a diffusion UNet to a bundle, and check it against eager PyTorch")
-    onnx.add_argument("model", metavar="MODEL", help="'builtin', a diffusers folder, or a Hub id")
+    onnx.add_argument("model", metavar="MODEL", help="'builtin', a diffusers folder, a Hub id, or a .pt")
     onnx.add_argument("-o", "--output", required=True, metavar="BUNDLE", help="folder to write; must not exist yet")
     onnx.add_argument("--resolution", type=_resolution, metavar="N|HxW", help="size of images (default: the UNet's)")
     onnx.add_argument("--batch-size", type=int, default=8, metavar="B", help="images taken at once (default: 8)")
@@ -77,6 +77,17 @@ def _parser() -> argparse.ArgumentParser:
         help="leave out the gradient graphs: PyTorch's backward then makes the gradient",
     )
     onnx.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    onnx.add_argument(
+        "--adm-flags",
+        type=Path,
+        metavar="FLAGS.json",
+        help="guided-diffusion's flags for a .pt (default: those of 256x256_diffusion_uncond)",
+    )
+    onnx.add_argument("--sha256", metavar="HEX", help="what the SHA-256 of a .pt must be")
+    onnx.add_argument("--class-label", type=int, metavar="N", help="the class that a class-conditional UNet shall know")
+    onnx.add_argument(
+        "--allow-pickle", action="store_true", help="read a diffusers folder's .bin weights if it has no safetensors"
+    )
     onnx.add_argument("--overwrite", action="store_true", help="replace an older bundle")
     onnx.set_defaults(run=_onnx)
 
@@ -144,13 +155,21 @@ def _resolution(text: str) -> tuple[int, int]:
 
 def _onnx(args: argparse.Namespace) -> int:
     from diffloss_engine.bundle import BundleWriter
+    from diffloss_export.model_files import read_json
     from diffloss_export.models import load_model
     from diffloss_export.pipeline import export_bundle
 
     BundleWriter(args.output, overwrite=args.overwrite)  # refuses a bad destination before the model is loaded
     with _stages() as on_stage:
         on_stage(f"loading {args.model}")
-        model = load_model(args.model, revision=args.revision)
+        model = load_model(
+            args.model,
+            revision=args.revision,
+            adm_flags=None if args.adm_flags is None else read_json(args.adm_flags),
+            sha256=args.sha256,
+            class_label=args.class_label,
+            allow_pickle=args.allow_pickle,
+        )
         bundle, report = export_bundle(
             model,
             args.output,

@@ -6,8 +6,9 @@ noise. So the weights are read here, and every name, shape, dtype and value is c
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
-import json
+import inspect
 import os
 import re
 import warnings
@@ -19,11 +20,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from diffloss_engine.errors import InputError, ModelError
+from diffloss_engine.bundle import MANIFEST
+from diffloss_engine.errors import DiffLossError, InputError, IntegrityError, ModelError
+from diffloss_export.adm import convert_adm
+from diffloss_export.adm_flags import PAPER_FLAGS, AdmFlags, noise_schedule
+from diffloss_export.model_files import (
+    PICKLED_WEIGHTS,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    first_line,
+    read_json,
+    read_pickle,
+    read_weights,
+)
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.unet import check_unet
+from diffloss_trt.unet_config import build_unet
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -31,34 +44,29 @@ if TYPE_CHECKING:
 BUILTIN = "builtin"
 
 _KINDS = (
-    "'builtin', a diffusers folder (a pipeline's or a UNet's) or a Hugging Face Hub id such as google/ddpm-cifar10-32"
+    "'builtin', a diffusers folder (a pipeline's or a UNet's), a Hugging Face Hub id such as google/ddpm-cifar10-32, "
+    "or a guided-diffusion checkpoint (.pt)"
 )
+_CHECKPOINTS = (".pt", ".pth")
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
 _CONFIG = "config.json"
 _SCHEDULER_CONFIG = "scheduler_config.json"
 _PIPELINE_CONFIG = "model_index.json"
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_WEIGHTS_INDEX = _WEIGHTS + ".index.json"
-_MAX_JSON_BYTES = 16 * 2**20
 
 # Of a Hub repository nothing but the UNet and its scheduler: neither other components nor other variants
 # of the same weights, which double the download.
 _HUB_JSON = tuple(
     prefix + name
     for prefix in ("", "unet/", "scheduler/")
-    for name in (_PIPELINE_CONFIG, _CONFIG, _SCHEDULER_CONFIG, _WEIGHTS_INDEX)
+    for name in (_PIPELINE_CONFIG, _CONFIG, _SCHEDULER_CONFIG, WEIGHTS_INDEX)
 )
 _HUB_WEIGHTS = tuple(
     prefix + name
     for prefix in ("", "unet/")
-    for name in (_WEIGHTS, "diffusion_pytorch_model-[0-9]*-of-[0-9]*.safetensors")
+    for name in (WEIGHTS, "diffusion_pytorch_model-[0-9]*-of-[0-9]*.safetensors")
 )
-
-# Checkpoints from before diffusers 0.15, among them google/ddpm-*, name the attention projections so.
-_LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_LEGACY_NAME = re.compile(r"(?P<block>.*\.)(?P<layer>query|key|value|proj_attn)(?P<parameter>\.(?:weight|bias))")
-
-_WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HUB_PICKLES = (PICKLED_WEIGHTS, "unet/" + PICKLED_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -77,48 +85,86 @@ class LoadedModel:
     notes: tuple[str, ...]
 
 
-def load_model(source: str, *, revision: str | None = None) -> LoadedModel:
+def load_model(
+    source: str,
+    *,
+    revision: str | None = None,
+    adm_flags: Mapping[str, Any] | None = None,
+    sha256: str | None = None,
+    class_label: int | None = None,
+    allow_pickle: bool = False,
+) -> LoadedModel:
     """Load an unconditional diffusion model.
 
-    source: `builtin` (the prior in this package), a local folder (a diffusers pipeline, its UNet and scheduler
-        in subfolders or side by side, or a UNet's own folder), or a Hub id `organisation/name`. A local folder
-        wins over a Hub id of the same name; a local folder called `builtin` is reached as `./builtin`.
-    revision: branch, tag or commit of a Hub repository.
+    Args:
+        source: `builtin` (the prior in this package); a local folder (a diffusers pipeline, its UNet and scheduler in
+            subfolders or side by side, or a UNet's own folder); a guided-diffusion checkpoint, `.pt` or `.pth`; or a
+            Hub id `organisation/name`. What is there locally wins over a Hub id of the same name; a local folder called
+            `builtin` is reached as `./builtin`.
+        revision: branch, tag or commit of a Hub repository.
+        adm_flags: of a guided-diffusion checkpoint, the flags it was trained with, by their names there; by default
+            those of the paper's prior, `256x256_diffusion_uncond`.
+        sha256: what the SHA-256 of a checkpoint's file must be, 64 hex digits.
+        class_label: of a class-conditional UNet, the one class that it shall know from now on.
+        allow_pickle: whether to read a diffusers folder's pickled weights where there are no safetensors.
 
-    Weights are read from safetensors only and upcast to float32. Raises ModelError when the source cannot be
-    read, its weights do not fit its configuration or are not finite, or the architecture or the scheduler
-    is not one that the loss can use; InputError for a revision of something that is not on the Hub.
+    Weights are upcast to float32; of pickles nothing but tensors is read. Raises ModelError when the source cannot be
+    read, its weights do not fit its configuration or are not finite, or the architecture or the scheduler is not one
+    that the loss can use; IntegrityError for a file of another hash; InputError for an argument that cannot be used
+    with this source.
     """
+    if source.lower().endswith(_CHECKPOINTS) and not os.path.isdir(source):
+        _refuse({"revision": revision}, source, "is for Hub ids only")
+        flags = PAPER_FLAGS if adm_flags is None else AdmFlags.from_json(adm_flags)
+        return _load_checkpoint(source, flags, sha256, class_label)
+    _refuse({"adm_flags": adm_flags, "sha256": sha256}, source, "is for guided-diffusion checkpoints only")
     if source == BUILTIN:
-        _refuse_revision(source, revision)
+        _refuse({"revision": revision}, source, "is for Hub ids only")
         with importlib.resources.as_file(importlib.resources.files("diffloss_export").joinpath("builtin")) as folder:
             if not folder.is_dir():
                 raise ModelError("this installation has no built-in prior: diffloss_export/builtin is missing")
-            return _load_folder(folder, source)
+            return _load_folder(folder, source, class_label, allow_pickle)
     if os.path.isdir(source):
-        _refuse_revision(source, revision)
-        return _load_folder(Path(source), source)
-    if source.lower().endswith((".pt", ".pth")):
-        raise ModelError(
-            f"{source}: guided-diffusion checkpoints (.pt, .pth) are not supported yet in this version; "
-            f"MODEL can be {_KINDS}"
-        )
+        _refuse({"revision": revision}, source, "is for Hub ids only")
+        return _load_folder(Path(source), source, class_label, allow_pickle)
     if _HUB_ID.fullmatch(source) and not os.path.lexists(source):
-        return _load_folder(_download(source, revision), source)
+        return _load_folder(_download(source, revision, allow_pickle), source, class_label, allow_pickle)
     problem = "is a file, not a folder" if os.path.lexists(source) else "no such folder"
     raise ModelError(f"{source!r}: {problem}; MODEL can be {_KINDS}")
 
 
-def _refuse_revision(source: str, revision: str | None) -> None:
-    if revision is not None:
-        raise InputError(f"a revision ({revision!r}) is for Hub ids only, and {source!r} is not read from the Hub")
+def _refuse(given: Mapping[str, object], source: str, why: str) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(f"{name} {why}, and was given for {source!r}")
 
 
-def _load_folder(folder: Path, source: str) -> LoadedModel:
+def _load_checkpoint(source: str, flags: AdmFlags, sha256: str | None, class_label: int | None) -> LoadedModel:
+    if sha256 is not None and not _SHA256.fullmatch(sha256):
+        raise InputError(f"sha256 is {sha256!r}, expected 64 hex digits")
+    schedule, path = noise_schedule(flags), Path(source)
+    try:
+        with path.open("rb") as file:
+            if sha256 is not None:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+                if found != sha256.lower():
+                    raise IntegrityError(f"{source}: its SHA-256 is {found}, expected {sha256.lower()}")
+                file.seek(0)
+            with _quiet():
+                unet = convert_adm(read_pickle(file, path), flags, path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, DiffLossError):
+            raise
+        raise ModelError(f"{source!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return LoadedModel(_finished(unet, source, class_label), schedule, source, ())
+
+
+def _load_folder(folder: Path, source: str, class_label: int | None, allow_pickle: bool) -> LoadedModel:
     unet_folder = _find_unet(folder)
     config = _read_unet_config(unet_folder)
     with _quiet():
-        unet, unet_notes = _load_unet(unet_folder, config)
+        unet, unet_notes = _load_unet(unet_folder, config, allow_pickle)
+        unet = _finished(unet, str(unet_folder), class_label)
         schedule, schedule_notes = _load_schedule(folder)
     return LoadedModel(unet, schedule, source, unet_notes + schedule_notes)
 
@@ -146,13 +192,17 @@ def _quiet() -> Iterator[None]:
                 hub.enable_progress_bars()
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None, allow_pickle: bool) -> Path:
     """Bring a Hub repository's UNet and scheduler into the local cache; the configuration first, to refuse early."""
     with _quiet():
         folder = _snapshot(repository, revision, _HUB_JSON)
         _read_unet_config(_find_unet(folder))
         # The folder is called after the commit: the branch may have moved in between.
-        return _snapshot(repository, folder.name, _HUB_WEIGHTS)
+        folder = _snapshot(repository, folder.name, _HUB_WEIGHTS)
+        unet = _find_unet(folder)
+        if allow_pickle and not (unet / WEIGHTS).is_file() and not (unet / WEIGHTS_INDEX).is_file():
+            folder = _snapshot(repository, folder.name, _HUB_PICKLES)
+        return folder
 
 
 def _snapshot(repository: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
@@ -169,12 +219,15 @@ def _snapshot(repository: str, revision: str | None, patterns: tuple[str, ...]) 
     except Exception as error:
         raise ModelError(
             f"{repository!r}: no such local folder, and the Hugging Face Hub could not be reached or has no such "
-            f"repository ({_first_line(error)})"
+            f"repository ({first_line(error)})"
         ) from error
 
 
 def _find_unet(folder: Path) -> Path:
     """Return the folder with the UNet's configuration and weights, `folder` itself or its subfolder `unet`."""
+    if (_parent_pipeline(folder) / MANIFEST).is_file():
+        # Its UNet would be read, and its schedule, which is no diffusers scheduler, would not.
+        raise ModelError(f"{folder}: this is a bundle already; export the model that it was made of")
     for pipeline in dict.fromkeys((folder, _parent_pipeline(folder))):
         index = pipeline / _PIPELINE_CONFIG
         if index.is_file():
@@ -194,7 +247,7 @@ def _parent_pipeline(folder: Path) -> Path:
 
 def _refuse_latent_pipeline(index: Path) -> None:
     # Such a UNet may well have three channels (CompVis/ldm-celebahq-256): nothing else would tell.
-    components = _read_json(index)
+    components = read_json(index)
     for name in ("vae", "vqvae"):
         component = components.get(name)
         if isinstance(component, list) and any(component):
@@ -203,7 +256,7 @@ def _refuse_latent_pipeline(index: Path) -> None:
 
 def _read_unet_config(unet_folder: Path) -> dict[str, Any]:
     path = unet_folder / _CONFIG
-    config = _read_json(path)
+    config = read_json(path)
     name = config.get("_class_name")
     if name == "UNet2DConditionModel":
         raise ModelError(f"{path}: text-conditional UNets (UNet2DConditionModel) are not supported, only UNet2DModel")
@@ -215,118 +268,56 @@ def _read_unet_config(unet_folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file")
-    try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(text) > _MAX_JSON_BYTES:
-        raise ModelError(f"{path}: larger than the {_MAX_JSON_BYTES} bytes expected at most")
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not valid JSON: {_first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: found a JSON {type(content).__name__}, expected an object")
-    return content
-
-
-def _load_unet(folder: Path, config: dict[str, Any]) -> tuple[UNet2DModel, tuple[str, ...]]:
+def _load_unet(folder: Path, config: dict[str, Any], allow_pickle: bool) -> tuple[UNet2DModel, tuple[str, ...]]:
     from diffusers import UNet2DModel
 
     try:
-        # On the meta device nothing is initialised, neither time nor the caller's random state is spent.
-        with torch.device("meta"):
-            built, unused = UNet2DModel.from_config(config, return_unused_kwargs=True)
+        unet = build_unet(config)
     # A constructor fed with wrong values raises anything.
     except Exception as error:
-        raise ModelError(f"{folder / _CONFIG}: no UNet2DModel can be built from it: {_first_line(error)}") from error
-    unet: UNet2DModel = built
-    weights = _read_weights(folder, unet.state_dict())
+        raise ModelError(f"{folder / _CONFIG}: no UNet2DModel can be built from it: {first_line(error)}") from error
+    weights = read_weights(folder, unet.state_dict(), allow_pickle=allow_pickle)
     unet.load_state_dict(weights, assign=True)
     for name, buffer in unet.named_buffers():
         if buffer.is_meta:
             raise ModelError(f"{folder}: the buffer {name!r} is not part of a checkpoint; such UNets are not supported")
-    try:
-        check_unet(unet)
-    except ModelError as error:
-        raise ModelError(f"{folder}: {error}") from error
-    unet.eval().requires_grad_(False)
-    unknown = sorted(key for key in unused if not key.startswith("_"))
+    known = inspect.signature(UNet2DModel.__init__).parameters
+    unknown = sorted(key for key in config if not key.startswith("_") and key not in known)
     notes = (f"{_CONFIG} has settings that the installed diffusers ignores: {', '.join(unknown)}",) if unknown else ()
     return unet, notes
 
 
-def _read_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a UNet's folder in float32, under exactly the names and with the shapes of `expected`."""
-    from safetensors import SafetensorError, safe_open
-
-    weights: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for stored in file.keys():  # noqa: SIM118 (no mapping: it cannot be iterated over)
-                    name = _current_name(stored, expected)
-                    if name not in expected or name in weights:
-                        raise ModelError(f"{path}: unexpected tensor {stored!r}: {_CONFIG} describes another UNet")
-                    found, wanted = tuple(file.get_slice(stored).get_shape()), tuple(expected[name].shape)
-                    if found != wanted:
-                        raise ModelError(f"{path}: tensor {stored!r} has shape {found}, {_CONFIG} asks for {wanted}")
-                    weights[name] = _to_float32(file.get_tensor(stored), f"{path}: tensor {stored!r}")
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: damaged or not safetensors: {_first_line(error)}") from error
-    missing = [name for name in expected if name not in weights]
-    if missing:
-        raise ModelError(f"{folder}: no tensor {missing[0]!r} in the weights ({len(missing)} missing in all)")
-    return weights
+def _finished(unet: UNet2DModel, where: str, class_label: int | None) -> UNet2DModel:
+    """Return a UNet that the loss can use, frozen; ModelError, naming `where`, if it cannot be."""
+    if class_label is not None:
+        _fix_class(unet, class_label)
+    try:
+        check_unet(unet)
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from error
+    return unet.eval().requires_grad_(False)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _WEIGHTS_INDEX).is_file():
-        return _shards(folder)
-    if (folder / _WEIGHTS).is_file():
-        return [folder / _WEIGHTS]
-    if any(folder.glob("*.bin")):
-        raise ModelError(
-            f"{folder}: only pickled .bin weights, which are not read because they can run code; "
-            f"expected {_WEIGHTS} (diffusers' save_pretrained writes it)"
-        )
-    raise ModelError(f"{folder}: no weights: expected {_WEIGHTS}")
+def _fix_class(unet: UNet2DModel, label: int) -> None:
+    """Let a class-conditional UNet know one class alone; it is an unconditional UNet then.
 
-
-def _shards(folder: Path) -> list[Path]:
-    index = folder / _WEIGHTS_INDEX
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index}: expected a 'weight_map' from tensor names to files")
-    shards = []
-    for name in dict.fromkeys(map(str, weight_map.values())):
-        if name != os.path.basename(name) or "\\" in name or not name.endswith(".safetensors"):
-            raise ModelError(f"{index}: {name!r} is not the name of a safetensors file in this folder")
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder / name}: no such file, but {_WEIGHTS_INDEX} names it")
-        shards.append(folder / name)
-    return shards
-
-
-def _current_name(stored: str, expected: Mapping[str, Tensor]) -> str:
-    legacy = _LEGACY_NAME.fullmatch(stored)
-    if stored in expected or legacy is None:
-        return stored
-    return legacy["block"] + _LEGACY_ATTENTION[legacy["layer"]] + legacy["parameter"]
-
-
-def _to_float32(tensor: Tensor, what: str) -> Tensor:
-    if tensor.dtype not in _WEIGHT_DTYPES:
-        raise ModelError(f"{what} is {str(tensor.dtype).removeprefix('torch.')}, expected a 16, 32 or 64 bit float")
-    # A copy even of float32: what safetensors returns is a view of the file, which may change later.
-    converted = tensor.to(torch.float32, copy=True)
-    if not converted.isfinite().all():
-        raise ModelError(f"{what} has NaN or infinite values")
-    return converted
+    A class is an embedding added to the timestep's. For one class that is a constant, and belongs into the bias of the
+    layer that makes the timestep's: the result is the same, and nothing is left to compute.
+    """
+    embedding, kind = unet.class_embedding, unet.config.class_embed_type
+    if embedding is None:
+        raise InputError(f"class_label is {label}, but the UNet is not class-conditional")
+    if kind == "identity":
+        raise ModelError("the UNet takes embeddings of classes (class_embed_type 'identity'), which a label is not")
+    count = unet.config.num_class_embeds if kind is None else unet.config.num_train_timesteps
+    if label < 0 or (count is not None and label >= count):
+        raise InputError(f"class_label is {label}, expected 0 to {'...' if count is None else count - 1}")
+    with torch.no_grad():
+        labels = torch.tensor([label])
+        of_class = embedding(unet.time_proj(labels) if kind == "timestep" else labels)[0]
+        unet.time_embedding.linear_2.bias += of_class
+    unet.class_embedding = None
+    unet.register_to_config(class_embed_type=None, num_class_embeds=None)
 
 
 def _load_schedule(folder: Path) -> tuple[NoiseSchedule, tuple[str, ...]]:
@@ -338,7 +329,7 @@ def _load_schedule(folder: Path) -> tuple[NoiseSchedule, tuple[str, ...]]:
         return NoiseSchedule.from_scheduler(scheduler), (
             "no scheduler beside the UNet: the paper's linear schedule of 1000 steps and noise prediction are assumed",
         )
-    config = _read_json(path)
+    config = read_json(path)
     name = config.get("_class_name")
     if name is None:
         raise ModelError(f"{path}: found no _class_name, expected a diffusers scheduler's")
@@ -348,7 +339,7 @@ def _load_schedule(folder: Path) -> tuple[NoiseSchedule, tuple[str, ...]]:
         scheduler = getattr(diffusers, name).from_config(config)
     # A missing optional package, or a constructor fed with wrong values: anything may be raised.
     except Exception as error:
-        raise ModelError(f"{path}: no {name} can be built from it: {_first_line(error)}") from error
+        raise ModelError(f"{path}: no {name} can be built from it: {first_line(error)}") from error
     try:
         return NoiseSchedule.from_scheduler(scheduler), ()
     except ModelError as error:
@@ -367,7 +358,3 @@ def _find_scheduler(folder: Path) -> Path | None:
         if candidate.parent != folder and candidate.parent.is_dir():
             raise ModelError(f"{candidate}: no such file")
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

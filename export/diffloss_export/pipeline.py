@@ -29,6 +29,7 @@ from diffloss_trt.contract import (
 from diffloss_trt.gradient import trace_gradient
 from diffloss_trt.probe import record
 from diffloss_trt.unet import TappedUNet
+from diffloss_trt.unet_config import describe_unet
 
 if TYPE_CHECKING:
     from diffloss_export.models import LoadedModel
@@ -148,11 +149,7 @@ def _record(reference: Reference, path: Path, on_stage: Stage) -> None:
 def _write_unet(tapped: TappedUNet, writer: BundleWriter) -> None:
     from safetensors.torch import save_file
 
-    # Where the model was loaded from is nobody's business, and would make equal bundles differ. For what is listed as a
-    # default, diffusers ignores the value and takes its own default, which may be another one in a later version.
-    left_out = ("_name_or_path", "_use_default_values")
-    config: dict[str, Any] = {key: value for key, value in tapped.unet.config.items() if key not in left_out}
-    files = {UNET_CONFIG: {"_class_name": type(tapped.unet).__name__, **config}, SCHEDULE: tapped.schedule.to_json()}
+    files: dict[str, Any] = {UNET_CONFIG: describe_unet(tapped.unet), SCHEDULE: tapped.schedule.to_json()}
     for relative, content in files.items():
         path = writer.path / relative
         path.parent.mkdir(exist_ok=True)

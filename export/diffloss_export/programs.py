@@ -97,6 +97,8 @@ def feature_programs(tapped: TappedUNet, noisy: Tensor, timesteps: Tensor) -> tu
 def blank_feature_programs(tapped: TappedUNet, batch_size: int, resolution: tuple[int, int]) -> tuple[Program, Program]:
     """Return the encoder and the noise head for images of one size, fed with zeros; nothing is computed."""
     noisy, timesteps = torch.zeros(batch_size, tapped.channels, *resolution), torch.zeros(batch_size)
+    # Fills the schedule's cache of tables with tensors; fake tensors' mode or an exporter would put their own there.
+    tapped.schedule.tables(noisy.device, torch.promote_types(tapped.dtype, torch.float32))
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         looks = encoder_outputs(tapped.encode(noisy, timesteps))
     between = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in looks.items()}
@@ -115,8 +117,6 @@ def _programs(tapped: TappedUNet, images: Tensors, between: Tensors) -> tuple[Pr
         prediction = tapped.decode(Encoded(bottleneck, time_embedding, tuple(skips)))
         return (prediction if predicts_noise else tapped.schedule.noise_from(prediction, *tensors[count:]),)
 
-    # Fills the schedule's cache of tables with tensors; what an exporter would fill it with is its own.
-    tapped.schedule.tables(images[NOISY].device, torch.promote_types(tapped.dtype, torch.float32))
     return (
         Program(ENCODER, _Forward(tapped, encoder), images, tuple(between)),
         Program(

@@ -404,9 +404,79 @@ def test_missing_weights(alone: Path) -> None:
     refused(alone, str(alone), "no weights", WEIGHTS)
 
 
-def test_pickled_weights_only(tmp_path: Path, unet: UNet2DModel) -> None:
+def test_pickled_weights_are_read_if_asked_for(tmp_path: Path, unet: UNet2DModel) -> None:
     unet.save_pretrained(tmp_path, safe_serialization=False)
-    refused(tmp_path, str(tmp_path), "pickled .bin weights", WEIGHTS)
+    refused(tmp_path, str(tmp_path), "only pickled weights", "--allow-pickle", WEIGHTS)
+    assert_same_unet(load_model(str(tmp_path), allow_pickle=True), unet)
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"no pickle")
+    with pytest.raises(ModelError, match=r"diffusion_pytorch_model\.bin: damaged"):
+        load_model(str(tmp_path), allow_pickle=True)
+
+
+def test_safetensors_win_over_pickles(alone: Path, unet: UNet2DModel) -> None:
+    (alone / "diffusion_pytorch_model.bin").write_bytes(b"no pickle")
+    assert_same_unet(load_model(str(alone), allow_pickle=True), unet)
+
+
+def test_bundle_is_no_model(pipeline: Path) -> None:
+    (pipeline / "manifest.json").write_text("{}")
+    refused(pipeline, "this is a bundle already")
+    refused(pipeline / "unet", "this is a bundle already")
+
+
+@pytest.mark.parametrize("kind", ["embedding", "timestep"])
+def test_class_label_makes_an_unconditional_unet(tmp_path: Path, kind: str) -> None:
+    unet = small_unet(**({"num_class_embeds": 10} if kind == "embedding" else {"class_embed_type": "timestep"}))
+    unet.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), class_label=7)
+    sample, timesteps = torch.randn(2, 3, 8, 8), torch.tensor([7, 900])
+    with torch.no_grad():
+        expected = unet(sample, timesteps, class_labels=torch.tensor([7, 7])).sample
+        other = unet(sample, timesteps, class_labels=torch.tensor([3, 3])).sample
+        torch.testing.assert_close(model.unet(sample, timesteps).sample, expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(other, expected, rtol=1e-2)
+    # It is saved as what it has become.
+    model.unet.save_pretrained(tmp_path / "again")
+    assert_same_unet(load_model(str(tmp_path / "again")), model.unet)
+
+
+@pytest.mark.parametrize(
+    ("changes", "label", "error", "message"),
+    [
+        ({"num_class_embeds": 10}, 10, InputError, "class_label is 10, expected 0 to 9"),
+        ({"num_class_embeds": 10}, -1, InputError, "class_label is -1, expected 0 to 9"),
+        ({"class_embed_type": "timestep"}, -1, InputError, "class_label is -1"),
+        ({"class_embed_type": "identity"}, 0, ModelError, "'identity'"),
+        ({}, 0, InputError, "not class-conditional"),
+    ],
+    ids=str,
+)
+def test_class_labels_that_cannot_be_used(
+    tmp_path: Path, changes: dict[str, Any], label: int, error: type[Exception], message: str
+) -> None:
+    small_unet(**changes).save_pretrained(tmp_path)
+    with pytest.raises(error, match=message):
+        load_model(str(tmp_path), class_label=label)
+
+
+@pytest.mark.parametrize(
+    ("settings", "last"),
+    [
+        ({"beta_schedule": "linear"}, None),
+        ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, None),
+        ({"beta_schedule": "squaredcos_cap_v2"}, None),
+        ({"trained_betas": [0.1, 0.2, 0.3], "num_train_timesteps": 3}, 0.9 * 0.8 * 0.7),
+        ({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, 0.0),
+    ],
+    ids=str,
+)
+def test_beta_tables(alone: Path, settings: dict[str, Any], last: float | None) -> None:
+    scheduler = DDPMScheduler(**settings)
+    scheduler.save_pretrained(alone / "scheduler")
+    found = load_model(str(alone)).schedule.alphas_cumprod
+    torch.testing.assert_close(found, scheduler.alphas_cumprod.double(), rtol=0, atol=0)
+    if last is not None:
+        assert float(found[-1]) == pytest.approx(last, rel=1e-5)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 8, 100, -1, -5000])
@@ -532,14 +602,6 @@ def test_settings_from_which_no_schedule_can_be_built(pipeline: Path, changes: d
 # Sources that are no folder
 
 
-@pytest.mark.parametrize("name", ["256x256_diffusion_uncond.pt", "model.PTH", "no/such/model.pt"])
-def test_guided_diffusion_checkpoint(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    if path.parent == tmp_path:
-        path.write_bytes(b"weights")
-    refused(path, str(path), "guided-diffusion", "not supported yet")
-
-
 def test_other_file(alone: Path) -> None:
     refused(alone / WEIGHTS, "a file, not a folder", "'builtin'", "diffusers folder", "Hub id")
 
@@ -610,6 +672,18 @@ def test_hub_repository(
     assert asked == ["main", COMMIT]
     fetched = {path.name for path in (tmp_path / "cache").rglob("*")}
     assert not fetched & {"diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin", "README.md"}
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_pickles_of_the_hub_are_fetched_where_there_is_nothing_else(
+    hub: tuple[Path, list[str | None]], unet: UNet2DModel, safe: bool, tmp_path: Path
+) -> None:
+    remote, _ = hub
+    unet.save_pretrained(remote, safe_serialization=False)
+    if safe:
+        unet.save_pretrained(remote)
+    assert_same_unet(load_model("someone/something", allow_pickle=True), unet)
+    assert any((tmp_path / "cache").rglob("*.bin")) is not safe
 
 
 def test_hub_repository_is_refused_before_its_weights_are_fetched(

@@ -121,11 +121,32 @@ def test_impossible_predictions() -> None:
         NoiseSchedule.from_scheduler(unknown)
 
 
+@pytest.mark.parametrize(
+    "told", [torch.zeros(TABLE.shape[0] + 1), -torch.ones_like(TABLE), TABLE * math.nan, TABLE[None]]
+)
+def test_impossible_timesteps_of_the_unet(told: Tensor) -> None:
+    with pytest.raises(InputError, match="unet_timesteps must be"):
+        NoiseSchedule(TABLE, unet_timesteps=told)
+
+
+def test_what_the_unet_is_told() -> None:
+    timesteps = torch.tensor([1, 0])
+    assert NoiseSchedule(TABLE).told(timesteps, torch.float32) is timesteps
+    told = NoiseSchedule(TABLE, unet_timesteps=250.5 * torch.arange(len(TABLE))).told(timesteps, torch.float64)
+    assert told.dtype == torch.float64
+    assert told.tolist() == [250.5, 0.0]
+
+
 def test_json_keeps_every_digit() -> None:
-    schedule = NoiseSchedule(torch.linspace(1, 0, 7, dtype=torch.float64) ** 0.3, "v_prediction")
-    again = NoiseSchedule.from_json(json.loads(json.dumps(schedule.to_json())))
-    assert torch.equal(again.alphas_cumprod, schedule.alphas_cumprod)
-    assert again.prediction_type == "v_prediction"
+    table = torch.linspace(1, 0, 7, dtype=torch.float64) ** 0.3
+    for told in (None, 1000 / 3 * torch.arange(7, dtype=torch.float64)):
+        schedule = NoiseSchedule(table, "v_prediction", told)
+        again = NoiseSchedule.from_json(json.loads(json.dumps(schedule.to_json())))
+        assert torch.equal(again.alphas_cumprod, table)
+        assert again.prediction_type == "v_prediction"
+        assert (again.unet_timesteps is None) == (told is None)
+        if told is not None and again.unet_timesteps is not None:
+            assert torch.equal(again.unet_timesteps, told)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +162,8 @@ def test_json_keeps_every_digit() -> None:
         ({"alphas_cumprod": [10**400], "prediction_type": "epsilon"}, "not usable"),
         ({"alphas_cumprod": [math.nan], "prediction_type": "epsilon"}, "not usable"),
         ({"alphas_cumprod": [0.5], "prediction_type": ["epsilon"]}, "not usable"),
+        ({"alphas_cumprod": [0.5], "prediction_type": "epsilon", "unet_timesteps": None}, "a list of numbers"),
+        ({"alphas_cumprod": [0.5], "prediction_type": "epsilon", "unet_timesteps": [1, 2]}, "not usable"),
     ],
 )
 def test_broken_json(value: Any, message: str) -> None:

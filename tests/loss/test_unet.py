@@ -130,6 +130,10 @@ def broken(value: float) -> Any:
         (lambda: make_unet(num_class_embeds=10), "class-conditional"),
         (lambda: make_unet(class_embed_type="timestep"), "class-conditional"),
         (lambda: make_unet(time_embedding_type="fourier"), "'fourier'"),
+        (
+            lambda: make_unet(down_block_types=("KDownBlock2D",) * 2, up_block_types=("KUpBlock2D",) * 2),
+            "has a KDownBlock2D; expected blocks of DownBlock2D, ",
+        ),
         (lambda: make_unet(out_channels=4), r"takes 3 channels and returns 4 .*expected 3 .*or 6"),
         (lambda: make_unet(in_channels=6), r"takes 6 channels and returns 3"),
         (
