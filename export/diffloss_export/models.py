@@ -278,9 +278,6 @@ def _load_unet(folder: Path, config: dict[str, Any], allow_pickle: bool) -> tupl
         raise ModelError(f"{folder / _CONFIG}: no UNet2DModel can be built from it: {first_line(error)}") from error
     weights = read_weights(folder, unet.state_dict(), allow_pickle=allow_pickle)
     unet.load_state_dict(weights, assign=True)
-    for name, buffer in unet.named_buffers():
-        if buffer.is_meta:
-            raise ModelError(f"{folder}: the buffer {name!r} is not part of a checkpoint; such UNets are not supported")
     known = inspect.signature(UNet2DModel.__init__).parameters
     unknown = sorted(key for key in config if not key.startswith("_") and key not in known)
     notes = (f"{_CONFIG} has settings that the installed diffusers ignores: {', '.join(unknown)}",) if unknown else ()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +21,7 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, PNDMScheduler, UNet2DModel
+from diffusers.models.unets import unet_2d_blocks
 from huggingface_hub.utils import are_progress_bars_disabled, filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,6 +29,7 @@ from torch import Tensor
 import diffloss_export
 from diffloss_engine.errors import InputError, ModelError
 from diffloss_export.models import LoadedModel, load_model
+from diffloss_trt.unet import BLOCKS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
@@ -202,6 +207,53 @@ def test_builtin() -> None:
 def test_missing_builtin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.resources.files", lambda _package: tmp_path)
     refused("builtin", "no built-in prior")
+
+
+# Blocks
+
+# diffusers' blocks on the way down, each with the one for the way up, and what becomes of a UNet made of them.
+PAIRS = {
+    "DownBlock2D": "UpBlock2D",
+    "ResnetDownsampleBlock2D": "ResnetUpsampleBlock2D",
+    "AttnDownBlock2D": "AttnUpBlock2D",
+    "SkipDownBlock2D": "SkipUpBlock2D",
+    "AttnSkipDownBlock2D": "AttnSkipUpBlock2D",
+}
+REFUSED_PAIRS = {
+    "KDownBlock2D": ("KUpBlock2D", "has a KDownBlock2D; expected blocks of"),
+    "DownEncoderBlock2D": ("UpDecoderBlock2D", "has a DownEncoderBlock2D; expected blocks of"),
+    "AttnDownEncoderBlock2D": ("AttnUpDecoderBlock2D", "has a AttnDownEncoderBlock2D; expected blocks of"),
+    "KCrossAttnDownBlock2D": ("KCrossAttnUpBlock2D", "has a KCrossAttnDownBlock2D; expected blocks of"),
+    "CrossAttnDownBlock2D": ("CrossAttnUpBlock2D", "no UNet2DModel can be built"),
+    "SimpleCrossAttnDownBlock2D": ("SimpleCrossAttnUpBlock2D", "no UNet2DModel can be built"),
+}
+
+
+def block_config(down: str, up: str) -> dict[str, Any]:
+    return {"down_block_types": [down] * 2, "up_block_types": [up] * 2, "block_out_channels": [32, 32]}
+
+
+def test_every_block_of_diffusers_is_known() -> None:
+    source = inspect.getsource(unet_2d_blocks.get_down_block) + inspect.getsource(unet_2d_blocks.get_up_block)
+    there = set(re.findall(r'_block_type == "(\w+)"', source))
+    refused_blocks = {*REFUSED_PAIRS, *(up for up, _ in REFUSED_PAIRS.values())}
+    assert there == {*PAIRS, *PAIRS.values()} | refused_blocks
+    assert {*PAIRS, *PAIRS.values()} == set(BLOCKS)
+
+
+@pytest.mark.parametrize(("down", "up"), PAIRS.items())
+def test_blocks_that_can_be_used(tmp_path: Path, down: str, up: str) -> None:
+    unet = small_unet(**block_config(down, up))
+    unet.save_pretrained(tmp_path)
+    assert_same_unet(load_model(str(tmp_path)), unet)
+
+
+@pytest.mark.parametrize(("down", "up", "message"), [(down, *rest) for down, rest in REFUSED_PAIRS.items()])
+def test_blocks_that_cannot(alone: Path, down: str, up: str, message: str) -> None:
+    edit_json(alone / "config.json", **block_config(down, up))
+    with contextlib.suppress(ValueError):  # what diffusers itself cannot build
+        small_unet(**block_config(down, up)).save_pretrained(alone)
+    refused(alone, message)
 
 
 # What comes back
