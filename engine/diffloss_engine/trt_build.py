@@ -12,14 +12,13 @@ from types import ModuleType
 from typing import Any
 
 from diffloss_engine.errors import BackendError, BackendUnavailableError, InputError
-from diffloss_engine.tensors import IMAGE_CHANNELS
+from diffloss_engine.trt_precision import check_network
 
 # A flavour is a backend's name: its module, the first version that will do and the first that may not.
 _MODULES = {"tensorrt": ("tensorrt", (10, 12), (12, 0)), "tensorrt-rtx": ("tensorrt_rtx", (1, 0), (2, 0))}
 FLAVOURS = tuple(_MODULES)
 
 _COMPATIBILITY = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
-_DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
 # Of how many nodes that the parser refuses a message speaks.
 _NAMED = 10
 
@@ -145,7 +144,7 @@ def build_plan(
     logger = recording_logger(trt)
     builder = _working(trt, trt.Builder(logger), logger)
     network = _parse(trt, builder, logger, graph_file)
-    check_precision(trt, network, precision)
+    check_network(trt, network, precision)
     config = _made(builder.create_builder_config(), logger, "make a configuration")
     _configure(trt, flavour, config, options or BuildOptions())
     timings = None if timing_cache is None else _set_timings(flavour, config, logger, timing_cache)
@@ -187,36 +186,6 @@ def _parse(trt: ModuleType, builder: Any, logger: Any, graph_file: Path) -> Any:
     named = "; ".join(list(lines)[:_NAMED]) or logger.take()
     more = f"; and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
     raise BackendUnavailableError(f"{trt.__name__} {trt.__version__} cannot take {graph_file}: {named}{more}")
-
-
-def check_precision(trt: ModuleType, network: Any, precision: str) -> None:
-    """Raise BackendError unless all convolutions and matrix products of a parsed network have this precision.
-
-    Two kinds may be more precise. Convolutions of images, of at most four channels: at a UNet's input rounding does
-    harm. And products of as many rows as the batch, one vector for each sample, such as a time embedding.
-    """
-    wanted = getattr(trt.DataType, _DTYPES[precision])
-    batch = network.get_input(0).shape[0]
-    wrong = []
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if layer.type not in (trt.LayerType.CONVOLUTION, trt.LayerType.MATRIX_MULTIPLY):
-            continue
-        output = layer.get_output(0)
-        if layer.type == trt.LayerType.CONVOLUTION:
-            exempt = layer.get_input(0).shape[1] <= IMAGE_CHANNELS
-        else:
-            exempt = tuple(output.shape[:-1]) == (batch,)
-        # Weights that are constants are not among the inputs.
-        inputs = [layer.get_input(place) for place in range(layer.num_inputs)]
-        dtypes = {tensor.dtype for tensor in (*inputs, output) if tensor is not None}
-        if dtypes != {wanted} and not (exempt and dtypes == {trt.DataType.FLOAT}):
-            wrong.append(f"{layer.name} ({', '.join(sorted(dtype.name for dtype in dtypes))})")
-    if wrong:
-        raise BackendError(
-            f"{len(wrong)} convolutions or matrix products are not {wanted.name}, as expected in {precision}, "
-            f"the first of them {wrong[0]}"
-        )
 
 
 def _configure(trt: ModuleType, flavour: str, config: Any, options: BuildOptions) -> None:

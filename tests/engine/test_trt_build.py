@@ -9,8 +9,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
 from onnx import helper
 
@@ -94,62 +92,6 @@ def test_missing_weights(conv: Path) -> None:
     (conv.parent / "conv.weights").unlink()
     with pytest.raises(BackendUnavailableError, match=r"conv\.onnx: .*initializer: weight"):
         build_plan(conv, flavour=RTX, precision="fp32")
-
-
-# Precision
-
-
-def products(folder: Path, save_graph: SaveGraph, convolution: str, product: str, vectors: str) -> Path:
-    """Write a graph with a convolution, one of an image, a batched product and one of vectors, in these dtypes."""
-
-    def constant(name: str, dtype: str, *shape: int) -> onnx.TensorProto:
-        return onnx.numpy_helper.from_array(np.zeros(shape, dtype), name)
-
-    inputs = [
-        TensorSpec("image", FP32, (2, 3, 8, 8)),
-        TensorSpec("features", convolution, (2, 8, 8, 8)),
-        TensorSpec("tokens", product, (2, 5, 4)),
-        TensorSpec("time", vectors, (2, 4)),
-    ]
-    outputs = [
-        TensorSpec("a", FP32, (2, 8, 8, 8)),
-        TensorSpec("b", convolution, (2, 8, 8, 8)),
-        TensorSpec("c", product, (2, 5, 5)),
-        TensorSpec("d", vectors, (2, 6)),
-    ]
-    nodes = [
-        helper.make_node("Conv", ["image", "first"], ["a"], name="the_first", pads=[1] * 4),
-        helper.make_node("Conv", ["features", "second"], ["b"], name="the_convolution", pads=[1] * 4),
-        helper.make_node("Transpose", ["tokens"], ["transposed"], perm=[0, 2, 1]),
-        helper.make_node("MatMul", ["tokens", "transposed"], ["c"], name="the_product"),
-        helper.make_node("Gemm", ["time", "matrix"], ["d"], name="the_time"),
-    ]
-    weights = [
-        constant("first", FP32, 8, 3, 3, 3),
-        constant("second", convolution, 8, 8, 3, 3),
-        constant("matrix", vectors, 4, 6),
-    ]
-    save_graph(folder / "products.onnx", nodes, inputs, outputs, weights)
-    return folder / "products.onnx"
-
-
-@pytest.mark.parametrize("vectors", [FP32, FP16])
-def test_precision_is_right(vectors: str, tmp_path: Path, save_graph: SaveGraph) -> None:
-    file = products(tmp_path, save_graph, FP16, FP16, vectors)
-    assert is_plan(build_plan(file, flavour=RTX, precision="fp16"))
-    with pytest.raises(BackendError, match=r"[23] convolutions or matrix products are not FLOAT, as expected in fp32"):
-        build_plan(file, flavour=RTX, precision="fp32")
-
-
-@pytest.mark.parametrize(
-    ("convolution", "product", "named"), [(FP32, FP16, "the_convolution"), (FP16, FP32, "the_product")]
-)
-def test_one_product_in_another_precision_is_named(
-    convolution: str, product: str, named: str, tmp_path: Path, save_graph: SaveGraph
-) -> None:
-    file = products(tmp_path, save_graph, convolution, product, FP32)
-    with pytest.raises(BackendError, match=f"1 convolutions or matrix products are not HALF.*{named} .*FLOAT"):
-        build_plan(file, flavour=RTX, precision="fp16")
 
 
 # Progress and interruption
