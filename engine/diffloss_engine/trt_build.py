@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from diffloss_engine.errors import BackendError, BackendUnavailableError, InputError
+from diffloss_engine.hashed_files import flush_to_disk
 from diffloss_engine.trt_precision import check_network
 
 # A flavour is a backend's name: its module, the first version that will do and the first that may not.
@@ -155,19 +158,34 @@ def build_plan(
         raise monitor.raised
     plan = memoryview(_made(plan, logger, f"build a plan of {graph_file.name}"))
     if timing_cache is not None and timings is not None:
-        partial = timing_cache.with_name(f".{timing_cache.name}.{os.getpid()}")
-        partial.write_bytes(_made(timings.serialize(), logger, "serialise its timings"))
-        partial.replace(timing_cache)
+        keep_timings(_made(timings.serialize(), logger, "serialise its timings"), timing_cache)
     return plan
 
 
 def _set_timings(flavour: str, config: Any, logger: Any, file: Path) -> Any:
     if flavour == "tensorrt-rtx":
         raise BackendUnavailableError("tensorrt-rtx times no kernels when it builds; a timing cache is not taken")
+    if not file.parent.is_dir():
+        raise InputError(f"the timing cache {file} cannot be written: there is no folder {file.parent}")
     timings = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
     if timings is None or not config.set_timing_cache(timings, ignore_mismatch=False):
         raise InputError(f"the timing cache {file} is not one of this GPU and version: {logger.take()}")
     return timings
+
+
+def keep_timings(timings: bytes | memoryview, file: Path) -> None:
+    """Put `timings` in the place of what the file has; if they cannot be written, it stays, with a line in the log."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(timings)
+        flush_to_disk(partial)
+        partial.replace(file)
+    except OSError as error:
+        # The plan is there, though the next one will take as long.
+        logging.getLogger(__name__).warning("the timings of kernels could not be kept in %s: %s", file, error.strerror)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _parse(trt: ModuleType, builder: Any, logger: Any, graph_file: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from onnx import helper
 
 from diffloss_engine import BackendError, BackendUnavailableError, Graph, InputError
 from diffloss_engine.tensors import TensorSpec
-from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour
+from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour, keep_timings
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -129,6 +130,30 @@ def test_timings_are_not_taken_where_there_are_none(conv: Path) -> None:
     with pytest.raises(BackendUnavailableError, match="tensorrt-rtx times no kernels"):
         build_plan(conv, flavour=RTX, precision="fp32", timing_cache=conv.parent / "timings")
     assert not (conv.parent / "timings").exists()
+
+
+def test_timings_take_the_place_of_older_ones(tmp_path: Path) -> None:
+    for timings in (b"old", memoryview(b"new")):
+        keep_timings(timings, tmp_path / "timings")
+    assert [path.name for path in tmp_path.iterdir()] == ["timings"]
+    assert (tmp_path / "timings").read_bytes() == b"new"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
+def test_timings_that_cannot_be_written_leave_nothing_behind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A limit on the size of files stops a write in its midst, as a full disk does."""
+    import resource
+
+    (tmp_path / "timings").write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        keep_timings(bytes(10_000), tmp_path / "timings")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "the timings of kernels could not be kept" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["timings"]
+    assert (tmp_path / "timings").read_bytes() == b"old"
 
 
 # Flavours
