@@ -23,7 +23,7 @@ from diffloss_trt.unet import TappedUNet, reload_unet
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "inductor", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
+BACKENDS = ("auto", "inductor", "onnxruntime", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx", "torch")
 BACKWARDS = ("fused", "recompute")
 
 
@@ -102,7 +102,8 @@ class DiffLoss(nn.Module):
         Args:
             bundle: the bundle's folder.
             backend: "tensorrt", "tensorrt-rtx" or "inductor", which build what they need the first time, in minutes;
-                "onnxruntime"; "torch"; or "auto", which takes the fastest of these that works here.
+                "onnxruntime"; "torch"; "auto", which takes the fastest of these that works here; or
+                "onnxruntime-tensorrt", ONNX Runtime's own TensorRT, which builds anew at every load.
             device: where images will be; by default the GPU if there is one.
             naturalness_weight: weight of the predicted noise's difference, >= 0; zero leaves its work out.
             semantic_weight: weight of the bottleneck's difference, >= 0.

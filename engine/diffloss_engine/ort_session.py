@@ -1,9 +1,10 @@
-"""ONNX graphs in ONNX Runtime, on the CPU or on a CUDA device, in torch's own memory."""
+"""ONNX graphs in ONNX Runtime, on the CPU, on a CUDA device, or by its own TensorRT there, in torch's memory."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +15,18 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.errors import BackendError, BackendUnavailableError, BundleError, InputError
-from diffloss_engine.tensors import DTYPES, TensorSpec, check_tensors, concrete_device
+from diffloss_engine.tensors import DTYPES, TensorSpec, addressable, check_tensors, concrete_device
 
 if TYPE_CHECKING:
     import onnxruntime
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_CUDA, _TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+# Each backend's provider on each type of device.
+_PROVIDERS = {
+    "onnxruntime": {"cpu": "CPUExecutionProvider", "cuda": _CUDA},
+    "onnxruntime-tensorrt": {"cuda": _TENSORRT},
+}
+ORT_BACKENDS = tuple(_PROVIDERS)
 # ONNX Runtime's names for element types, where they are not ours.
 _ELEMENT_NAMES = {"float32": "float", "float64": "double"}
 
@@ -27,12 +34,14 @@ _ELEMENT_NAMES = {"float32": "float", "float64": "double"}
 class OrtSession:
     """One ONNX graph in ONNX Runtime; see `Session` for the contract and `open_session` for the arguments.
 
-    Inputs are read and outputs written where torch keeps them, without a copy, except that a non-contiguous input is
-    first made contiguous. On CUDA the graph runs on a stream of the session's own, which waits for torch's current
-    stream and is waited for by it; TF32 is off.
-    """
+    Inputs are read and outputs written where torch keeps them, without a copy, except that an input that is not
+    contiguous, or begins at an odd address, is first copied. On CUDA the graph runs on a stream of the session's own,
+    which waits for torch's current stream and is waited for by it; TF32 is off.
 
-    backend = "onnxruntime"
+    backend: "onnxruntime", or "onnxruntime-tensorrt": its TensorRT provider, which builds engines when the session is
+        opened, and keeps none; what TensorRT cannot take runs on the CUDA provider.
+    provider_options: more of ONNX Runtime's options for the provider, on CUDA, or others in the place of ours.
+    """
 
     def __init__(
         self,
@@ -42,11 +51,16 @@ class OrtSession:
         *,
         device: torch.device,
         threads: int | None = None,
+        backend: str = "onnxruntime",
+        provider_options: Mapping[str, str] | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}, expected at least 1, or None for torch's own number")
+        if provider_options and device.type != "cuda":
+            raise InputError(f"on device {device} ONNX Runtime takes no provider_options, and would not say so")
         runtime = _import_runtime()
-        provider = _usable_provider(runtime, device)
+        provider = _usable_provider(runtime, backend, device)
+        self.backend = backend
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         self.device = concrete_device(device)
@@ -57,7 +71,7 @@ class OrtSession:
         if self._stream is not None:
             # Without this, each run would end by waiting for the GPU; torch's stream waits instead.
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        session = _create(runtime, graph_file, provider, self._provider_options(), threads)
+        session = _create(runtime, graph_file, self._providers(provider, provider_options or {}), threads)
         if provider not in session.get_providers():
             raise BackendUnavailableError(
                 f"ONNX Runtime opened {graph_file} with {session.get_providers()}, without the {provider} asked for"
@@ -71,9 +85,8 @@ class OrtSession:
         if session is None:
             raise BackendError("the session was closed")
         check_tensors(self.inputs, inputs, self.device)
-        # Copies, where they are made, live in this list until the run has been enqueued. A lazily negated tensor
-        # (the imaginary part of a conjugate) would otherwise be read with the wrong sign.
-        given = [inputs[spec.name].detach().resolve_neg().contiguous() for spec in self.inputs]
+        # Copies, where they are made, live in this list until the run has been enqueued.
+        given = [addressable(inputs[spec.name].detach()) for spec in self.inputs]
         made = [torch.empty(spec.shape, dtype=spec.torch_dtype, device=self.device) for spec in self.outputs]
         if self._stream is None:
             self._run(session, given, made)
@@ -85,17 +98,23 @@ class OrtSession:
         # A run in another thread holds its own reference, so that the memory goes when that run is over.
         self._session = None
 
-    def _provider_options(self) -> dict[str, str]:
+    def _providers(self, provider: str, more: Mapping[str, str]) -> list[tuple[str, dict[str, str]]]:
+        """Return the providers to open a graph with, the preferred one first, and their options."""
         if self._stream is None:
-            return {}
-        return {
-            "device_id": str(self.device.index),
-            "user_compute_stream": str(self._stream.cuda_stream),
+            return [(provider, {})]
+        place = {"device_id": str(self.device.index), "user_compute_stream": str(self._stream.cuda_stream)}
+        cuda = {
+            **place,
             # TF32 has the mantissa of fp16, in a graph that asks for fp32.
             "use_tf32": "0",
             # The default doubles the arena whenever it grows, at the expense of the training it runs beside.
             "arena_extend_strategy": "kSameAsRequested",
         }
+        if provider != _TENSORRT:
+            return [(provider, {**cuda, **more})]
+        # Engines are code. What is read back from a folder would be run without the checks of `PlanCache`.
+        tensorrt = {**place, "trt_engine_cache_enable": "0", "trt_timing_cache_enable": "0"}
+        return [(provider, {**tensorrt, **more}), (_CUDA, cuda)]
 
     def _run_on_stream(
         self,
@@ -143,22 +162,24 @@ def _import_runtime() -> ModuleType:
     return module
 
 
-def _usable_provider(runtime: ModuleType, device: torch.device) -> str:
-    provider = _PROVIDERS.get(device.type)
+def _usable_provider(runtime: ModuleType, backend: str, device: torch.device) -> str:
+    provider = _PROVIDERS[backend].get(device.type)
     if provider is None:
-        raise BackendUnavailableError(f"ONNX Runtime is not used on device {device}; it is on {list(_PROVIDERS)}")
+        raise BackendUnavailableError(f"{backend} is not used on device {device}; it is on {list(_PROVIDERS[backend])}")
     missing = []
     if device.type == "cuda" and not torch.cuda.is_available():
         missing.append("a GPU that torch can use (torch.cuda.is_available() is False)")
     if provider not in runtime.get_available_providers():
         missing.append(f"ONNX Runtime's {provider} (install 'onnxruntime-gpu' instead of 'onnxruntime')")
+    if provider == _TENSORRT and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
+        missing.append("NVIDIA_TF32_OVERRIDE=0 in the environment (this provider has no option that turns TF32 off)")
     if missing:
-        raise BackendUnavailableError(f"ONNX Runtime cannot run on {device}; missing: {'; '.join(missing)}")
+        raise BackendUnavailableError(f"{backend} cannot run on {device}; missing: {'; '.join(missing)}")
     return provider
 
 
 def _create(
-    runtime: ModuleType, graph_file: Path, provider: str, provider_options: dict[str, str], threads: int | None
+    runtime: ModuleType, graph_file: Path, providers: list[tuple[str, dict[str, str]]], threads: int | None
 ) -> onnxruntime.InferenceSession:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
@@ -175,7 +196,7 @@ def _create(
         session = runtime.InferenceSession(
             graph_file,
             sess_options=options,
-            providers=[(provider, provider_options)],
+            providers=providers,
             # Otherwise a provider that fails is replaced by another, with a line on stdout.
             enable_fallback=0,
         )
@@ -185,7 +206,7 @@ def _create(
         raise BundleError(f"{graph_file} cannot be read by ONNX Runtime: {error}") from error
     # ONNX Runtime's exceptions share no base class but this one.
     except Exception as error:
-        raise BackendUnavailableError(f"ONNX Runtime cannot run {graph_file} on {provider}: {error}") from error
+        raise BackendUnavailableError(f"ONNX Runtime cannot run {graph_file} on {providers[0][0]}: {error}") from error
 
 
 def _trim_heap() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BackendUnavailableError, InputError
+from diffloss_engine.ort_session import ORT_BACKENDS, OrtSession
 from diffloss_engine.tensors import TensorSpec
 from diffloss_engine.trt_build import FLAVOURS
 
@@ -68,10 +69,8 @@ def open_session(
     Raises BackendUnavailableError if the backend is unknown, not installed, or cannot run this graph on `device`;
     BundleError if the file is not a graph with these inputs and outputs; InputError if `threads` is below 1.
     """
-    if backend == "onnxruntime":
-        from diffloss_engine.ort_session import OrtSession
-
-        return OrtSession(graph_file, inputs, outputs, device=device, threads=threads)
+    if backend in ORT_BACKENDS:
+        return OrtSession(graph_file, inputs, outputs, device=device, threads=threads, backend=backend)
     if backend in FLAVOURS:
         from diffloss_engine.trt_session import open_plan
 
@@ -81,5 +80,5 @@ def open_session(
             graph_file, inputs, outputs, flavour=backend, device=device, digest=digest, precision=precision
         )
     raise BackendUnavailableError(
-        f"there is no backend {backend!r} for ONNX graphs; there is {', '.join(('onnxruntime', *FLAVOURS))}"
+        f"there is no backend {backend!r} for ONNX graphs; there is {', '.join((*ORT_BACKENDS, *FLAVOURS))}"
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,14 +14,14 @@ from types import ModuleType
 from typing import Any
 
 from diffloss_engine.errors import BackendError, BackendUnavailableError, InputError
-from diffloss_engine.tensors import IMAGE_CHANNELS
+from diffloss_engine.hashed_files import flush_to_disk
+from diffloss_engine.trt_precision import check_network
 
 # A flavour is a backend's name: its module, the first version that will do and the first that may not.
 _MODULES = {"tensorrt": ("tensorrt", (10, 12), (12, 0)), "tensorrt-rtx": ("tensorrt_rtx", (1, 0), (2, 0))}
 FLAVOURS = tuple(_MODULES)
 
 _COMPATIBILITY = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
-_DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
 # Of how many nodes that the parser refuses a message speaks.
 _NAMED = 10
 
@@ -145,7 +147,7 @@ def build_plan(
     logger = recording_logger(trt)
     builder = _working(trt, trt.Builder(logger), logger)
     network = _parse(trt, builder, logger, graph_file)
-    check_precision(trt, network, precision)
+    check_network(trt, network, precision)
     config = _made(builder.create_builder_config(), logger, "make a configuration")
     _configure(trt, flavour, config, options or BuildOptions())
     timings = None if timing_cache is None else _set_timings(flavour, config, logger, timing_cache)
@@ -156,19 +158,34 @@ def build_plan(
         raise monitor.raised
     plan = memoryview(_made(plan, logger, f"build a plan of {graph_file.name}"))
     if timing_cache is not None and timings is not None:
-        partial = timing_cache.with_name(f".{timing_cache.name}.{os.getpid()}")
-        partial.write_bytes(_made(timings.serialize(), logger, "serialise its timings"))
-        partial.replace(timing_cache)
+        keep_timings(_made(timings.serialize(), logger, "serialise its timings"), timing_cache)
     return plan
 
 
 def _set_timings(flavour: str, config: Any, logger: Any, file: Path) -> Any:
     if flavour == "tensorrt-rtx":
         raise BackendUnavailableError("tensorrt-rtx times no kernels when it builds; a timing cache is not taken")
+    if not file.parent.is_dir():
+        raise InputError(f"the timing cache {file} cannot be written: there is no folder {file.parent}")
     timings = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
     if timings is None or not config.set_timing_cache(timings, ignore_mismatch=False):
         raise InputError(f"the timing cache {file} is not one of this GPU and version: {logger.take()}")
     return timings
+
+
+def keep_timings(timings: bytes | memoryview, file: Path) -> None:
+    """Put `timings` in the place of what the file has; if they cannot be written, it stays, with a line in the log."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(timings)
+        flush_to_disk(partial)
+        partial.replace(file)
+    except OSError as error:
+        # The plan is there, though the next one will take as long.
+        logging.getLogger(__name__).warning("the timings of kernels could not be kept in %s: %s", file, error.strerror)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _parse(trt: ModuleType, builder: Any, logger: Any, graph_file: Path) -> Any:
@@ -187,36 +204,6 @@ def _parse(trt: ModuleType, builder: Any, logger: Any, graph_file: Path) -> Any:
     named = "; ".join(list(lines)[:_NAMED]) or logger.take()
     more = f"; and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
     raise BackendUnavailableError(f"{trt.__name__} {trt.__version__} cannot take {graph_file}: {named}{more}")
-
-
-def check_precision(trt: ModuleType, network: Any, precision: str) -> None:
-    """Raise BackendError unless all convolutions and matrix products of a parsed network have this precision.
-
-    Two kinds may be more precise. Convolutions of images, of at most four channels: at a UNet's input rounding does
-    harm. And products of as many rows as the batch, one vector for each sample, such as a time embedding.
-    """
-    wanted = getattr(trt.DataType, _DTYPES[precision])
-    batch = network.get_input(0).shape[0]
-    wrong = []
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if layer.type not in (trt.LayerType.CONVOLUTION, trt.LayerType.MATRIX_MULTIPLY):
-            continue
-        output = layer.get_output(0)
-        if layer.type == trt.LayerType.CONVOLUTION:
-            exempt = layer.get_input(0).shape[1] <= IMAGE_CHANNELS
-        else:
-            exempt = tuple(output.shape[:-1]) == (batch,)
-        # Weights that are constants are not among the inputs.
-        inputs = [layer.get_input(place) for place in range(layer.num_inputs)]
-        dtypes = {tensor.dtype for tensor in (*inputs, output) if tensor is not None}
-        if dtypes != {wanted} and not (exempt and dtypes == {trt.DataType.FLOAT}):
-            wrong.append(f"{layer.name} ({', '.join(sorted(dtype.name for dtype in dtypes))})")
-    if wrong:
-        raise BackendError(
-            f"{len(wrong)} convolutions or matrix products are not {wanted.name}, as expected in {precision}, "
-            f"the first of them {wrong[0]}"
-        )
 
 
 def _configure(trt: ModuleType, flavour: str, config: Any, options: BuildOptions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from diffloss_engine.plan_cache import PlanCache, gpu_identity
 from diffloss_engine.progress import long_wait
 from diffloss_engine.tensors import TensorSpec, addressable, check_tensors, concrete_device
 from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour, make_runtime, recording_logger
+from diffloss_engine.trt_precision import check_engine
+
+logger = logging.getLogger(__name__)
 
 # In TensorRT's names.
 _DTYPES = {
@@ -37,7 +41,7 @@ class TrtSession:
     several streams do not disturb each other, and a CUDA graph that captures a call owns what the call needs.
 
     It is run once when it is opened. Raises BackendUnavailableError if the plan is not for this GPU or this version, or
-    is not of these tensors.
+    is not of these tensors; BackendError if it does not compute in `precision`, as far as `check_engine` can tell.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class TrtSession:
         *,
         flavour: str,
         device: torch.device,
+        precision: str,
     ) -> None:
         trt = import_flavour(flavour)
         self.backend = flavour
@@ -65,9 +70,15 @@ class TrtSession:
             if engine is None:
                 raise BackendUnavailableError(f"{flavour} {trt.__version__} refuses the plan: {self._logger.take()}")
             _compare(trt, engine, self.inputs, self.outputs)
+            inspector = engine.create_engine_inspector()
             context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-            if context is None:
-                raise BackendError(f"{flavour} could not make an execution context: {self._logger.take()}")
+            if inspector is None or context is None:
+                raise BackendError(
+                    f"{flavour} could not make an inspector or an execution context: {self._logger.take()}"
+                )
+            information = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+            if not check_engine(information, precision, self.inputs[0].shape[0]):
+                logger.info("%s does not tell in which precision the plan computes", flavour)
         self._engine = engine
         self._context: Any | None = context
         self._scratch_bytes = int(engine.device_memory_size_v2)
@@ -139,13 +150,17 @@ def open_plan(
         with long_wait(f"building a plan of {graph_file} with {flavour}"):
             return build_plan(graph_file, flavour=flavour, precision=precision)
 
+    def load() -> TrtSession:
+        plan = cache.get(key, build)
+        return TrtSession(plan, inputs, outputs, flavour=flavour, device=device, precision=precision)
+
     with torch.cuda.device(device):
         try:
-            return TrtSession(cache.get(key, build), inputs, outputs, flavour=flavour, device=device)
+            return load()
         except BackendUnavailableError as error:
             # What a plan can come to depend on beyond its key is the driver.
             cache.reject(key, str(error))
-        return TrtSession(cache.get(key, build), inputs, outputs, flavour=flavour, device=device)
+        return load()
 
 
 def plan_key(

@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (verify, bench):
         command.add_argument(
             "--backend",
-            choices=("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "inductor", "torch"),
+            choices=("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-tensorrt", "inductor", "torch"),
             default="auto",
             help="default: auto",
         )

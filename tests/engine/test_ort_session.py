@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable
@@ -142,10 +143,11 @@ def test_two_calls_share_no_memory(conv: OrtSession) -> None:
         lambda image: image.permute(0, 1, 3, 2),
         lambda image: image.flip(-1)[:, :, :, :1].expand(2, 3, 8, 8),
         lambda image: torch.cat([image, image], dim=3)[..., 3:11],
+        lambda image: torch.cat([image.new_zeros(1), image.flatten()])[1:].view_as(image),
         lambda image: torch.complex(image, image).conj().imag,
         lambda image: torch.nn.Parameter(image),
     ],
-    ids=["channels_last", "transposed", "expanded", "window", "negated", "parameter"],
+    ids=["channels_last", "transposed", "expanded", "window", "odd address", "negated", "parameter"],
 )
 def test_any_strided_tensor_is_taken_and_left_alone(
     conv: OrtSession, kernel: Kernel, rearrange: Callable[[Tensor], Tensor]
@@ -304,6 +306,42 @@ def test_cuda_is_never_replaced_by_the_cpu(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is what happens without a CUDA device")
+def test_the_tensorrt_provider_is_never_replaced_by_another(
+    tmp_path: Path, save_conv: SaveConv, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    graph = save_conv(tmp_path, "float32")
+
+    def refused(device: str) -> str:
+        with pytest.raises(BackendUnavailableError) as caught:
+            OrtSession(
+                tmp_path / graph.file,
+                graph.inputs,
+                graph.outputs,
+                device=torch.device(device),
+                backend="onnxruntime-tensorrt",
+            )
+        return str(caught.value)
+
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    assert refused("cuda").startswith("onnxruntime-tensorrt cannot run on cuda; missing: a GPU that torch can use")
+    assert "NVIDIA_TF32_OVERRIDE=0 in the environment" in refused("cuda")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert "NVIDIA" not in refused("cuda")
+    if "TensorrtExecutionProvider" not in onnxruntime.get_available_providers():
+        assert "ONNX Runtime's TensorrtExecutionProvider (install 'onnxruntime-gpu'" in refused("cuda")
+    assert refused("cpu") == "onnxruntime-tensorrt is not used on device cpu; it is on ['cuda']"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_options_of_a_provider_that_takes_none_are_refused(tmp_path: Path, save_conv: SaveConv) -> None:
+    graph = save_conv(tmp_path, "float32")
+    with pytest.raises(InputError, match="on device cpu ONNX Runtime takes no provider_options"):
+        OrtSession(
+            tmp_path / graph.file, graph.inputs, graph.outputs, device=CPU, provider_options={"prefer_nhwc": "1"}
+        )
+
+
 @pytest.fixture
 def cuda() -> torch.device:
     """The GPU, or a skip where ONNX Runtime was installed without its CUDA provider."""
@@ -328,6 +366,18 @@ def test_cuda_values_are_right_and_stay_on_the_device(
     )
     with pytest.raises(InputTypeError, match="on device cpu, expected cuda"):
         session(sample(DTYPES[dtype].torch))
+
+
+@pytest.mark.gpu
+def test_cuda_provider_options(tmp_path: Path, save_conv: SaveConv, kernel: Kernel, cuda: torch.device) -> None:
+    graph = save_conv(tmp_path, "float32")
+    open_with = functools.partial(OrtSession, tmp_path / graph.file, graph.inputs, graph.outputs, device=cuda)
+    inputs = {name: tensor.to(cuda) for name, tensor in sample().items()}
+    for options in ({"prefer_nhwc": "1"}, {"cudnn_conv_algo_search": "HEURISTIC"}):
+        outputs = open_with(provider_options=options)(inputs)
+        torch.testing.assert_close(outputs["features"].cpu().double(), expected(kernel, inputs), atol=1e-5, rtol=1e-5)
+    with pytest.raises(BackendUnavailableError, match="no_such_option"):
+        open_with(provider_options={"no_such_option": "1"})
 
 
 @pytest.mark.gpu

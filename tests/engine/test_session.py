@@ -25,7 +25,7 @@ def test_opens_onnxruntime(tmp_path: Path, save_conv: Callable[[Path, str], Grap
 
 
 def test_unknown_backend_is_named() -> None:
-    with pytest.raises(BackendUnavailableError, match=r"'openvino'.*onnxruntime, tensorrt"):
+    with pytest.raises(BackendUnavailableError, match=r"'openvino'.*onnxruntime, onnxruntime-tensorrt, tensorrt"):
         open_session(Path("conv.onnx"), [], [], backend="openvino", device=CPU)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -9,14 +10,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
 from onnx import helper
 
 from diffloss_engine import BackendError, BackendUnavailableError, Graph, InputError
 from diffloss_engine.tensors import TensorSpec
-from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour
+from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour, keep_timings
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -96,62 +95,6 @@ def test_missing_weights(conv: Path) -> None:
         build_plan(conv, flavour=RTX, precision="fp32")
 
 
-# Precision
-
-
-def products(folder: Path, save_graph: SaveGraph, convolution: str, product: str, vectors: str) -> Path:
-    """Write a graph with a convolution, one of an image, a batched product and one of vectors, in these dtypes."""
-
-    def constant(name: str, dtype: str, *shape: int) -> onnx.TensorProto:
-        return onnx.numpy_helper.from_array(np.zeros(shape, dtype), name)
-
-    inputs = [
-        TensorSpec("image", FP32, (2, 3, 8, 8)),
-        TensorSpec("features", convolution, (2, 8, 8, 8)),
-        TensorSpec("tokens", product, (2, 5, 4)),
-        TensorSpec("time", vectors, (2, 4)),
-    ]
-    outputs = [
-        TensorSpec("a", FP32, (2, 8, 8, 8)),
-        TensorSpec("b", convolution, (2, 8, 8, 8)),
-        TensorSpec("c", product, (2, 5, 5)),
-        TensorSpec("d", vectors, (2, 6)),
-    ]
-    nodes = [
-        helper.make_node("Conv", ["image", "first"], ["a"], name="the_first", pads=[1] * 4),
-        helper.make_node("Conv", ["features", "second"], ["b"], name="the_convolution", pads=[1] * 4),
-        helper.make_node("Transpose", ["tokens"], ["transposed"], perm=[0, 2, 1]),
-        helper.make_node("MatMul", ["tokens", "transposed"], ["c"], name="the_product"),
-        helper.make_node("Gemm", ["time", "matrix"], ["d"], name="the_time"),
-    ]
-    weights = [
-        constant("first", FP32, 8, 3, 3, 3),
-        constant("second", convolution, 8, 8, 3, 3),
-        constant("matrix", vectors, 4, 6),
-    ]
-    save_graph(folder / "products.onnx", nodes, inputs, outputs, weights)
-    return folder / "products.onnx"
-
-
-@pytest.mark.parametrize("vectors", [FP32, FP16])
-def test_precision_is_right(vectors: str, tmp_path: Path, save_graph: SaveGraph) -> None:
-    file = products(tmp_path, save_graph, FP16, FP16, vectors)
-    assert is_plan(build_plan(file, flavour=RTX, precision="fp16"))
-    with pytest.raises(BackendError, match=r"[23] convolutions or matrix products are not FLOAT, as expected in fp32"):
-        build_plan(file, flavour=RTX, precision="fp32")
-
-
-@pytest.mark.parametrize(
-    ("convolution", "product", "named"), [(FP32, FP16, "the_convolution"), (FP16, FP32, "the_product")]
-)
-def test_one_product_in_another_precision_is_named(
-    convolution: str, product: str, named: str, tmp_path: Path, save_graph: SaveGraph
-) -> None:
-    file = products(tmp_path, save_graph, convolution, product, FP32)
-    with pytest.raises(BackendError, match=f"1 convolutions or matrix products are not HALF.*{named} .*FLOAT"):
-        build_plan(file, flavour=RTX, precision="fp16")
-
-
 # Progress and interruption
 
 
@@ -187,6 +130,30 @@ def test_timings_are_not_taken_where_there_are_none(conv: Path) -> None:
     with pytest.raises(BackendUnavailableError, match="tensorrt-rtx times no kernels"):
         build_plan(conv, flavour=RTX, precision="fp32", timing_cache=conv.parent / "timings")
     assert not (conv.parent / "timings").exists()
+
+
+def test_timings_take_the_place_of_older_ones(tmp_path: Path) -> None:
+    for timings in (b"old", memoryview(b"new")):
+        keep_timings(timings, tmp_path / "timings")
+    assert [path.name for path in tmp_path.iterdir()] == ["timings"]
+    assert (tmp_path / "timings").read_bytes() == b"new"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
+def test_timings_that_cannot_be_written_leave_nothing_behind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A limit on the size of files stops a write in its midst, as a full disk does."""
+    import resource
+
+    (tmp_path / "timings").write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        keep_timings(bytes(10_000), tmp_path / "timings")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "the timings of kernels could not be kept" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["timings"]
+    assert (tmp_path / "timings").read_bytes() == b"old"
 
 
 # Flavours

@@ -1,12 +1,25 @@
-"""What can be seen of running plans without a GPU: by TensorRT's own lean runtime and by TensorRT-RTX."""
+"""Plans on a GPU, and what can be seen without one: by TensorRT's own lean runtime and by TensorRT-RTX."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffloss_engine import DTYPES, BackendError, BackendUnavailableError, Graph
+from diffloss_engine.tensors import concrete_device
+from diffloss_engine.trt_build import FLAVOURS, build_plan, import_flavour
+from diffloss_engine.trt_session import TrtSession
+
+SaveConv = Callable[[Path, str], Graph]
+CUDA = torch.device("cuda")
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
 
@@ -59,7 +72,94 @@ def test_every_call_that_runs_a_plan_is_there(module: str) -> None:
         assert [name for name in names if not hasattr(owner, name)] == []
 
 
+def test_the_inspector_is_there() -> None:
+    """In TensorRT-RTX; the lean runtime leaves it out."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    assert hasattr(trt.ICudaEngine, "create_engine_inspector")
+    assert hasattr(trt.EngineInspector, "get_engine_information")
+    assert hasattr(trt.LayerInformationFormat, "JSON")
+
+
 def test_version_of_the_lean_runtime_is_one_that_is_taken() -> None:
     trt = pytest.importorskip("tensorrt_lean_bindings")
     major, minor = (int(part) for part in trt.__version__.split(".")[:2])
     assert (10, 12) <= (major, minor) < (12, 0)
+
+
+@pytest.fixture(params=FLAVOURS)
+def flavour(request: pytest.FixtureRequest) -> str:
+    """Each flavour that is installed."""
+    name = str(request.param)
+    try:
+        import_flavour(name)
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+    return name
+
+
+def open_conv(folder: Path, graph: Graph, flavour: str, precision: str) -> TrtSession:
+    plan = build_plan(folder / graph.file, flavour=flavour, precision=precision)
+    return TrtSession(plan, graph.inputs, graph.outputs, flavour=flavour, device=CUDA, precision=precision)
+
+
+def sample(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {"image": torch.randn(2, 3, 8, 8, device=CUDA).to(dtype), "gain": torch.tensor([1.5], device=CUDA).to(dtype)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "fp32"), ("float16", "fp16"), ("bfloat16", "bf16")])
+def test_values_are_right(
+    dtype: str, precision: str, flavour: str, tmp_path: Path, save_conv: SaveConv, kernel: tuple[Tensor, Tensor]
+) -> None:
+    session = open_conv(tmp_path, save_conv(tmp_path, dtype), flavour, precision)
+    assert (session.backend, session.device) == (flavour, concrete_device(CUDA))
+    inputs = sample(DTYPES[dtype].torch)
+    outputs = session(inputs)
+    assert {tensor.dtype for tensor in outputs.values()} == {DTYPES[dtype].torch}
+    weight, bias = (tensor.to(CUDA, DTYPES[dtype].torch).double() for tensor in kernel)
+    expected = F.conv2d(inputs["image"].double(), weight, bias, padding=1)
+    tolerance = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}[precision]
+    torch.testing.assert_close(outputs["features"].double(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(outputs["scaled"].double(), expected * 1.5, atol=2 * tolerance, rtol=tolerance)
+
+
+@pytest.mark.gpu
+def test_any_strided_tensor_is_taken_and_left_alone(flavour: str, tmp_path: Path, save_conv: SaveConv) -> None:
+    session = open_conv(tmp_path, save_conv(tmp_path, "float32"), flavour, "fp32")
+    inputs = sample()
+    expected = session(inputs)["features"]
+    image = inputs["image"]
+    odd = torch.empty(image.numel() + 1, device=CUDA)[1:].view_as(image).copy_(image)
+    for same in (image.to(memory_format=torch.channels_last), odd, torch.complex(image, -image).conj().imag):
+        before, strides = same.clone(), same.stride()
+        assert torch.equal(session({**inputs, "image": same})["features"], expected)
+        assert torch.equal(same, before)
+        assert same.stride() == strides
+
+
+@pytest.mark.gpu
+def test_two_calls_share_no_memory(flavour: str, tmp_path: Path, save_conv: SaveConv) -> None:
+    session = open_conv(tmp_path, save_conv(tmp_path, "float32"), flavour, "fp32")
+    inputs = sample()
+    first = session(inputs)
+    kept = {name: tensor.clone() for name, tensor in first.items()}
+    second = session({**inputs, "image": inputs["image"] + 1})
+    assert len({tensor.data_ptr() for tensor in (*inputs.values(), *first.values(), *second.values())}) == 6
+    assert all(torch.equal(first[name], kept[name]) for name in kept)
+    assert not torch.equal(first["features"], second["features"])
+    session.close()
+    session.close()
+    with pytest.raises(BackendError, match="closed"):
+        session(inputs)
+
+
+@pytest.mark.gpu
+def test_what_is_not_a_plan_of_these_tensors(flavour: str, tmp_path: Path, save_conv: SaveConv) -> None:
+    graph = save_conv(tmp_path, "float32")
+    plan = build_plan(tmp_path / graph.file, flavour=flavour, precision="fp32")
+    image, gain = graph.inputs
+    wrong = (replace(image, name="picture"), gain)
+    with pytest.raises(BackendUnavailableError, match=r"the plan has the tensors .*image.* expected .*picture"):
+        TrtSession(plan, wrong, graph.outputs, flavour=flavour, device=CUDA, precision="fp32")
+    with pytest.raises(BackendUnavailableError, match="refuses the plan"):
+        TrtSession(b"no plan", graph.inputs, graph.outputs, flavour=flavour, device=CUDA, precision="fp32")

@@ -248,6 +248,13 @@ def test_verify_prints_every_comparison(run: Run, bundle: Bundle, backend: str) 
     assert "FAILED" not in out
 
 
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_a_backend_that_cannot_run_here(run: Run, bundle: Bundle, command: str) -> None:
+    status, out, err = run(command, bundle.path, "--backend", "onnxruntime-tensorrt", "--device", "cpu")
+    assert (status, out) == (2, "")
+    assert "onnxruntime-tensorrt is not used on device cpu" in refusal(err)
+
+
 def test_verify_fails_where_graph_and_unet_disagree(run: Run, copied: Callable[..., Path]) -> None:
     folder = copied()
     repoint(folder / "encoder.onnx", "mid_block.resnets.0.conv1.weight")

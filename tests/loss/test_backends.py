@@ -23,10 +23,10 @@ from diffloss_trt.unet import reload_unet
 from unets import make_unet
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "inductor", "torch")
+BACKENDS = ("onnxruntime", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx", "inductor", "torch")
 PRECISIONS = ("fp32", "fp16", "bf16")
 # ONNX Runtime has no bf16 kernels for CPUs.
-ON_CPU = [("onnxruntime", "fp32"), ("onnxruntime", "fp16"), *((name, p) for name in BACKENDS[3:] for p in PRECISIONS)]
+ON_CPU = [("onnxruntime", "fp32"), ("onnxruntime", "fp16"), *((name, p) for name in BACKENDS[4:] for p in PRECISIONS)]
 ON_GPU = [(backend, precision) for backend in BACKENDS for precision in PRECISIONS]
 # Compiling takes a minute each.
 SLOW = {("inductor", "fp32"), ("inductor", "fp16")}
@@ -172,6 +172,31 @@ def test_strides_autocast_and_threads_change_nothing(
         thread.join()
     assert len(found) == 4
     assert all(map(same, found))
+
+
+@every_backend
+def test_what_was_returned_is_left_alone(
+    device: torch.device, backend: str, precision: str, loss_of: Callable[..., DiffLoss]
+) -> None:
+    """By later calls; and what was given, by all of them."""
+    loss, images = loss_of(device, backend, precision), probe()
+    restored, target, noise = (x.to(device, torch.float32) for x in (images.restored, images.target, images.noise))
+    timesteps = images.timesteps.to(device)
+    given = [x.clone() for x in (restored, target, noise, timesteps)]
+
+    def run(image: Tensor) -> tuple[Tensor, ...]:
+        leaf = image.clone().requires_grad_()
+        terms = loss.terms(leaf, target, noise=noise, timesteps=timesteps)
+        return (*(term.detach() for term in terms), *torch.autograd.grad(terms.total.sum(), leaf))
+
+    first = run(restored)
+    kept = [result.clone() for result in first]
+    second = run(target.lerp(restored, 0.5))
+    assert all(map(torch.equal, first, kept))
+    assert not any(map(torch.equal, first, second))
+    pointers = {x.data_ptr() for x in (restored, target, noise, timesteps, *first, *second)}
+    assert len(pointers) == 4 + len(first) + len(second)
+    assert all(map(torch.equal, (restored, target, noise, timesteps), given))
 
 
 on_gpu = pytest.mark.parametrize(

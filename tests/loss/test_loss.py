@@ -316,6 +316,8 @@ def test_load_refuses_what_it_cannot_do(exported: tuple[Path, Any, NoiseSchedule
     folder = exported[0]
     with pytest.raises(InputError, match="backend is 'tensorflow'; expected one of auto"):
         DiffLoss.load(folder, backend="tensorflow")
+    with pytest.raises(BackendUnavailableError, match="onnxruntime-tensorrt is not used on device cpu"):
+        DiffLoss.load(folder, backend="onnxruntime-tensorrt", device="cpu")
     with pytest.raises(InputError, match="backward is 'twice'; expected"):
         DiffLoss.load(folder, backward="twice")
     with pytest.raises(InputError, match="device is 'gpu'; expected 'cpu', 'cuda'"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import shutil
 from collections.abc import Callable
@@ -14,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import BundleError, IntegrityError, ParityError
+from diffloss_engine.errors import BackendUnavailableError, BundleError, IntegrityError, ParityError
+from diffloss_engine.plan_cache import PlanCache
+from diffloss_engine.trt_build import FLAVOURS, build_plan
 from diffloss_trt import DiffLoss, NoiseSchedule
 from diffloss_trt.contract import GRADIENT, REFERENCE, SEMANTIC_GRADIENT
 from diffloss_trt.probe import Probe, Result, deviations, record, recorded
@@ -85,6 +89,36 @@ def test_an_engine_that_computes_wrongly_is_not_used(
     (record,) = caplog.records
     assert "torch on cpu; not onnxruntime, because" in record.getMessage()
     assert "wrongly" in record.getMessage()
+
+
+@pytest.mark.gpu
+def test_a_plan_that_computes_something_else_is_not_used(
+    exported: Exported, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole bundle, right key, right hash: but the plan was made of a graph with one weight in another's place."""
+    monkeypatch.setenv("DIFFLOSS_CACHE", str(tmp_path / "plans"))
+    folder, device, flavours = exported[0], torch.device("cuda", torch.cuda.current_device()), []
+    for flavour in FLAVOURS:
+        with contextlib.suppress(BackendUnavailableError):
+            DiffLoss.load(folder, flavour, device)
+            flavours.append(flavour)
+    if not flavours:
+        pytest.skip("no TensorRT runs here")
+    altered, cache = copied / f"{GRADIENT}.onnx", PlanCache()
+    repoint(altered, "mid_block.resnets.0.conv1.weight")
+    for key in cache.list_keys():
+        cache.reject(key, "another takes its place")
+        cache.get(key, functools.partial(build_plan, altered, flavour=key["flavour"], precision=key["precision"]))
+    for flavour in flavours:
+        with pytest.raises(ParityError, match=f"{flavour} on {device} computes the {GRADIENT} graph wrongly.* is off"):
+            DiffLoss.load(folder, flavour, device)
+    caplog.clear()
+    loss = DiffLoss.load(folder, "auto", device)
+    assert loss.evaluator.backend not in flavours
+    (record,) = (record for record in caplog.records if record.getMessage().startswith("backend auto"))
+    assert record.levelno == logging.WARNING
+    for flavour in flavours:
+        assert f"not {flavour}, because: {flavour} on {device} computes the {GRADIENT} graph" in record.getMessage()
 
 
 def test_one_wrong_value_is_seen(copied: Path) -> None:
