@@ -14,6 +14,7 @@ from diffloss_engine.errors import InputError, InputTypeError
 # resampling; a network that has just been initialised may be anywhere near, but not at 255 when told 1.
 TARGET_OVERSHOOT = 0.1
 RESTORED_OVERSHOOT = 25.0
+TARGET_REQUIRES_GRAD = "target requires grad; the loss has no gradient for it: pass target.detach()"
 
 
 def check_settings(
@@ -95,7 +96,7 @@ def check_images(
     _check_tensor("restored", restored, shape, device)
     _check_tensor("target", target, shape, device)
     if target.requires_grad:
-        raise InputError("target requires grad; the loss has no gradient for it: pass target.detach()")
+        raise InputError(TARGET_REQUIRES_GRAD)
     if values:
         _check_values("restored", restored, *value_range, RESTORED_OVERSHOOT)
         _check_values("target", target, *value_range, TARGET_OVERSHOOT)

@@ -14,10 +14,11 @@ from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BackendError, BackendUnavailableError, InputError, ParityError
 from diffloss_engine.inductor import has_bfloat16
 from diffloss_engine.tensors import concrete_device
+from diffloss_trt.compiled import compiled_terms, register
 from diffloss_trt.contract import GRADIENT, SCHEDULE, SEMANTIC_GRADIENT
 from diffloss_trt.evaluators import EagerEvaluator, Evaluator, FusedEvaluator, RecomputeEvaluator, gradient_graph
 from diffloss_trt.inputs import check_images, check_noise, check_settings, check_timesteps
-from diffloss_trt.objective import Terms
+from diffloss_trt.objective import Terms, wide
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.unet import TappedUNet, reload_unet
 
@@ -52,6 +53,12 @@ class DiffLoss(nn.Module):
         self.semantic_weight = float(semantic_weight)
         self.reduction = reduction
         self.evaluator = evaluator
+        self._handle = register(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # What is copied or was pickled has the settings of another loss, but is itself.
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._handle = register(self)
 
     @classmethod
     def from_unet(
@@ -178,6 +185,10 @@ class DiffLoss(nn.Module):
 
         Only `total` carries the gradient. A term of weight zero is not computed and is zero.
 
+        Under `torch.compile` a loss with backward "fused" is one operation of the graph, in which everything said here
+        is done as in eager mode; what is wrong with the images is found when it runs. `generator` cannot be given there
+        with `fullgraph=True`, and other losses break the graph.
+
         Args:
             restored: what the network made, [B, C, H, W], floating point, in `value_range`.
             target: the ground truth, like `restored`, without gradient.
@@ -191,6 +202,41 @@ class DiffLoss(nn.Module):
                 a CUDA graph is captured.
             InputTypeError: wrong type, dtype or device.
         """
+        if torch.compiler.is_compiling():
+            if isinstance(self.evaluator, FusedEvaluator) and generator is None:
+                return compiled_terms(self, self._handle, restored, target, timesteps, noise)
+            torch._dynamo.graph_break(
+                msg="a DiffLoss breaks the graph unless its backward is fused, and none gives a generator"
+            )
+        images = self.prepare(restored, target, timesteps, noise, generator)
+        if self.weights == (0.0, 0.0):
+            zero = images[0].flatten(1)[:, :0].sum(1)  # zero, and still attached to `restored`
+            return Terms(zero, zero.detach(), zero.detach())
+        return self.evaluator.terms(*images, self.weights)
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Those of naturalness and semantic."""
+        return self.naturalness_weight, self.semantic_weight
+
+    def centred(self, image: Tensor) -> Tensor:
+        """Return `image` in [-1, 1], and half-precision images widened.
+
+        Their mixture with noise would lose the digits that the loss lives on.
+        """
+        low, high = self.value_range
+        # In this form nothing is rounded if the range is [-1, 1] already: near images differ by little more than that.
+        return wide(image) * (2 / (high - low)) - (high + low) / (high - low)
+
+    def prepare(
+        self,
+        restored: Tensor,
+        target: Tensor,
+        timesteps: Tensor | None,
+        noise: Tensor | None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Check what a trainer passes in, draw what it does not, and return what `Evaluator.terms` takes first."""
         evaluator = self.evaluator
         values = self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
         check_images(
@@ -213,18 +259,8 @@ class DiffLoss(nn.Module):
             noise = torch.randn(restored.shape, generator=generator, device=drawn_on).to(self.device)
         else:
             check_noise(noise, restored)
-
-        # Half-precision images are widened: their mixture with noise would lose the digits that the loss lives on.
         dtype = torch.promote_types(restored.dtype, torch.float32)
-        # In this form nothing is rounded if the range is [-1, 1] already: near images differ by little more than that.
-        low, high = self.value_range
-        scale, shift = 2 / (high - low), (high + low) / (high - low)
-        centred, centred_target = (image.to(dtype) * scale - shift for image in (restored, target))
-        weights = (self.naturalness_weight, self.semantic_weight)
-        if weights == (0.0, 0.0):
-            zero = centred.flatten(1)[:, :0].sum(1)  # zero, and still attached to `restored`
-            return Terms(zero, zero.detach(), zero.detach())
-        return evaluator.terms(centred, centred_target, noise.to(dtype), timesteps, weights)
+        return self.centred(restored), self.centred(target).to(dtype), noise.to(dtype), timesteps
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Called by .to(), .cuda() and the like. The module holds no tensors itself: ask where `fn` would put one.
