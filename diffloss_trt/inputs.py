@@ -18,7 +18,7 @@ TARGET_REQUIRES_GRAD = "target requires grad; the loss has no gradient for it: p
 
 
 def check_settings(
-    naturalness_weight: float, semantic_weight: float, reduction: str, value_range: Sequence[float]
+    naturalness_weight: float, semantic_weight: float, reduction: str, value_range: Sequence[float], seed: int | None
 ) -> tuple[float, float]:
     """Check the settings of a DiffLoss; return `value_range` as (low, high)."""
     for name, weight in (("naturalness_weight", naturalness_weight), ("semantic_weight", semantic_weight)):
@@ -37,6 +37,11 @@ def check_settings(
     low, high = (float(bound) for bound in value_range)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise InputError(f"value_range is ({low}, {high}); expected finite bounds with low < high")
+    if seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise InputTypeError(f"seed is a {type(seed).__name__}; expected an integer, or None")
+        if not 0 <= seed < 2**63:
+            raise InputError(f"seed is {seed}; expected 0 to 2**63 - 1")
     return low, high
 
 

@@ -16,6 +16,7 @@ from diffloss_engine.inductor import has_bfloat16
 from diffloss_engine.tensors import concrete_device
 from diffloss_trt.compiled import compiled_terms, register
 from diffloss_trt.contract import GRADIENT, SCHEDULE, SEMANTIC_GRADIENT
+from diffloss_trt.draws import Draws
 from diffloss_trt.evaluators import EagerEvaluator, Evaluator, FusedEvaluator, RecomputeEvaluator, gradient_graph
 from diffloss_trt.inputs import check_images, check_noise, check_settings, check_timesteps
 from diffloss_trt.objective import Terms, wide
@@ -35,7 +36,9 @@ class DiffLoss(nn.Module):
     noise (naturalness) and bottleneck features (semantic) of both are compared by mean squared difference.
     Make one with `load` (from an exported bundle) or `from_unet` (from a diffusers UNet, on eager PyTorch).
 
-    The frozen weights are in neither `parameters()` nor `state_dict()`. Copies of a module share them.
+    The frozen weights are in neither `parameters()` nor `state_dict()`. Copies of a module share them. With a `seed`
+    the state of the random draws is in `state_dict()`, and nothing else; without, nothing is: PyTorch's global
+    generators, from which they are then drawn, are the trainer's to save.
     """
 
     def __init__(
@@ -46,13 +49,15 @@ class DiffLoss(nn.Module):
         semantic_weight: float = 1e-6,
         reduction: str = "mean",
         value_range: Sequence[float] = (0.0, 1.0),
+        seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.value_range = check_settings(naturalness_weight, semantic_weight, reduction, value_range)
+        self.value_range = check_settings(naturalness_weight, semantic_weight, reduction, value_range, seed)
         self.naturalness_weight = float(naturalness_weight)
         self.semantic_weight = float(semantic_weight)
         self.reduction = reduction
         self.evaluator = evaluator
+        self.draws = None if seed is None else Draws(seed)
         self._handle = register(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -70,6 +75,7 @@ class DiffLoss(nn.Module):
         semantic_weight: float = 1e-6,
         reduction: str = "mean",
         value_range: Sequence[float] = (0.0, 1.0),
+        seed: int | None = None,
     ) -> Self:
         """Return the loss on eager PyTorch: the reference for every other backend.
 
@@ -80,7 +86,7 @@ class DiffLoss(nn.Module):
         Raises `ModelError` for a UNet or scheduler that cannot be used, `InputError` and `InputTypeError` for bad
         settings; see `load` for those.
         """
-        check_settings(naturalness_weight, semantic_weight, reduction, value_range)
+        check_settings(naturalness_weight, semantic_weight, reduction, value_range, seed)
         schedule = scheduler if isinstance(scheduler, NoiseSchedule) else NoiseSchedule.from_scheduler(scheduler)
         tapped = TappedUNet(unet, schedule)
         return cls(
@@ -89,6 +95,7 @@ class DiffLoss(nn.Module):
             semantic_weight=semantic_weight,
             reduction=reduction,
             value_range=value_range,
+            seed=seed,
         )
 
     @classmethod
@@ -103,6 +110,7 @@ class DiffLoss(nn.Module):
         reduction: str = "mean",
         value_range: Sequence[float] = (0.0, 1.0),
         cuda_graph: bool = False,
+        seed: int | None = None,
     ) -> Self:
         """Return the loss on a bundle that `diffloss-export onnx` wrote.
 
@@ -121,6 +129,9 @@ class DiffLoss(nn.Module):
             value_range: the range of the images passed in, (low, high).
             cuda_graph: whether to record the engine's work as a CUDA graph when it is loaded. That is faster where
                 launching its kernels takes longer than running them: for small images or batches.
+            seed: of the random draws, >= 0. With one seed the processes of `torch.distributed` draw differently, each
+                by its rank; `state_dict()` holds where they are, so that a resumed training goes on with the same
+                draws. By default they come from PyTorch's global generator.
 
         Raises:
             BundleError: the folder is no bundle, or was written by a newer version.
@@ -129,7 +140,7 @@ class DiffLoss(nn.Module):
             ParityError: on the images that the bundle carries, the backend's results are wrong.
             InputError, InputTypeError: a setting cannot be used.
         """
-        check_settings(naturalness_weight, semantic_weight, reduction, value_range)
+        check_settings(naturalness_weight, semantic_weight, reduction, value_range, seed)
         if backend not in BACKENDS:
             raise InputError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
         if backward is not None and backward not in BACKWARDS:
@@ -147,6 +158,7 @@ class DiffLoss(nn.Module):
             semantic_weight=semantic_weight,
             reduction=reduction,
             value_range=value_range,
+            seed=seed,
         )
 
     @property
@@ -194,13 +206,15 @@ class DiffLoss(nn.Module):
             target: the ground truth, like `restored`, without gradient.
             timesteps: integers [B] in [0, T); by default uniform over the schedule.
             noise: standard normal noise like `restored`; drawn by default. Both branches share it.
-            generator: source of the random draws, on any device; by default PyTorch's global one.
+            generator: source of the random draws, on any device; by default the loss's own, if it has a seed, or else
+                PyTorch's global one.
 
         Raises:
             InputError: wrong rank, channels, size, value range, NaN or infinity, timesteps outside the schedule,
                 or a target that requires grad. On a GPU looking at values waits for the GPU, so it is left out while
                 a CUDA graph is captured.
             InputTypeError: wrong type, dtype or device.
+            BackendError: a draw of a loss with a seed is to be repeated, and cannot be; see `Draws`.
         """
         if torch.compiler.is_compiling():
             if isinstance(self.evaluator, FusedEvaluator) and generator is None:
@@ -250,6 +264,8 @@ class DiffLoss(nn.Module):
             values=values,
         )
         batch, count = len(restored), len(evaluator.schedule)
+        if generator is None and self.draws is not None and (timesteps is None or noise is None):
+            generator = self.draws.generator(self.device)
         drawn_on = generator.device if generator is not None else self.device
         if timesteps is None:
             timesteps = torch.randint(count, (batch,), generator=generator, device=drawn_on).to(self.device)
@@ -271,10 +287,11 @@ class DiffLoss(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        seeded = "" if self.draws is None else f", seed={self.draws.seed}"
         return (
             f"naturalness_weight={self.naturalness_weight:g}, semantic_weight={self.semantic_weight:g}, "
             f"backend={self.evaluator.backend}, backward={self.evaluator.backward}, device={self.device}, "
-            f"reduction={self.reduction}, value_range={self.value_range}"
+            f"reduction={self.reduction}, value_range={self.value_range}{seeded}"
         )
 
 
