@@ -87,7 +87,7 @@ def snr_weighted(schedule: NoiseSchedule, weight: Callable[[Tensor], Tensor] = b
     return _checked(weight(abar / (1 - abar)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Annealed:
     """A density whose range moves, timestep by timestep, from [low, high) `start` to `end` in `steps` training steps.
 
