@@ -259,7 +259,7 @@ def _read_unet_config(unet_folder: Path) -> dict[str, Any]:
     config = read_json(path)
     name = config.get("_class_name")
     if name == "UNet2DConditionModel":
-        raise ModelError(f"{path}: text-conditional UNets (UNet2DConditionModel) are not supported, only UNet2DModel")
+        raise ModelError(f"{path}: text-conditional UNets (UNet2DConditionModel) are not supported yet, only UNet2DModel")
     if name != "UNet2DModel":
         found = "no _class_name" if name is None else f"_class_name {name!r}"
         raise ModelError(f"{path}: found {found}, expected 'UNet2DModel'")
