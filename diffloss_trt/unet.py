@@ -167,7 +167,12 @@ def reload_unet(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Any
     from diffloss_trt.contract import UNET_CONFIG, UNET_WEIGHTS
 
     config = bundle.read_json(UNET_CONFIG)
-    weights = load_file(bundle.file(UNET_WEIGHTS))
+    path = bundle.file(UNET_WEIGHTS)
+    try:
+        weights = load_file(path)
+    # safetensors has an error class of its own, which derives from Exception alone.
+    except Exception as error:
+        raise BundleError(f"{path} is not a safetensors file: {error}") from error
     try:
         unet = build_unet(config)
         unet.load_state_dict(
