@@ -13,6 +13,7 @@ from torch import Tensor
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BundleError, ParityError
 from diffloss_engine.session import Session
+from diffloss_engine.tensor_files import load_tensors, save_tensors
 from diffloss_trt.contract import (
     GRADIENT,
     NATURALNESS,
@@ -120,13 +121,11 @@ def worst_ratio(error: Tensor, size: Tensor) -> float:
 
 def record(path: Path, probe: Probe, expected: Mapping[str, Result]) -> None:
     """Write a probe, and what each gradient graph should return on it with `CHECK_WEIGHTS`, as a safetensors file."""
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = asdict(probe)
     for graph, result in expected.items():
         tensors |= {f"{graph}.{name}": tensor for name, tensor in asdict(result).items() if tensor is not None}
     # In float32: probes hold no more, and results are compared less exactly than that.
-    save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, path)
+    save_tensors({name: tensor.float() for name, tensor in tensors.items()}, path)
 
 
 def recorded(bundle: Bundle) -> tuple[Probe, dict[str, Result]] | None:
@@ -136,25 +135,23 @@ def recorded(bundle: Bundle) -> tuple[Probe, dict[str, Result]] | None:
     """
     if REFERENCE not in bundle.files:
         return None
-    from safetensors.torch import load_file
-
     path = bundle.file(REFERENCE)
+    tensors = {name: tensor.double() for name, tensor in load_tensors(path).items()}
     try:
-        tensors = {name: tensor.double() for name, tensor in load_file(path).items()}
         probe = Probe(*(tensors[name] for name in ("target", "restored", "noise", "timesteps")))
         expected = {
             graph: Result(
-                tensors.get(f"{graph}.{NATURALNESS}"), tensors[f"{graph}.{SEMANTIC}"], tensors[f"{graph}.{GRADIENT}"]
+                tensors[f"{graph}.{NATURALNESS}"] if naturalness else None,
+                tensors[f"{graph}.{SEMANTIC}"],
+                tensors[f"{graph}.{GRADIENT}"],
             )
-            for graph in CHECK_WEIGHTS
-            if graph in bundle.graphs
+            for graph, (naturalness, _) in CHECK_WEIGHTS.items()
         }
-    # safetensors has an error class of its own, which derives from Exception alone.
-    except Exception as error:
-        raise BundleError(f"{path} does not hold reference values: {error}") from error
+    except KeyError as error:
+        raise BundleError(f"{path} does not hold reference values: it has no {error}") from error
     images = [probe.target, probe.restored, probe.noise, *(result.gradient for result in expected.values())]
     numbers = [probe.timesteps, *(result.semantic for result in expected.values())]
-    sizes, counts = {tuple(image.shape[2:]) for image in images}, {len(tensor) for tensor in (*images, *numbers)}
+    sizes, counts = {tuple(image.shape[2:]) for image in images}, {tensor.shape[:1] for tensor in (*images, *numbers)}
     if sizes != {bundle.resolution} or len(counts) != 1:
         raise BundleError(f"{path} does not hold reference values for images of {bundle.resolution}")
     return probe, expected

@@ -161,18 +161,12 @@ def check_unet(unet: Any) -> None:
 
 def reload_unet(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Any:
     """Make the `diffusers.UNet2DModel` of a bundle; `BundleError` if its weights do not fit its configuration."""
-    from safetensors.torch import load_file
-
     from diffloss_engine.errors import BundleError
+    from diffloss_engine.tensor_files import load_tensors
     from diffloss_trt.contract import UNET_CONFIG, UNET_WEIGHTS
 
     config = bundle.read_json(UNET_CONFIG)
-    path = bundle.file(UNET_WEIGHTS)
-    try:
-        weights = load_file(path)
-    # safetensors has an error class of its own, which derives from Exception alone.
-    except Exception as error:
-        raise BundleError(f"{path} is not a safetensors file: {error}") from error
+    weights = load_tensors(bundle.file(UNET_WEIGHTS))
     try:
         unet = build_unet(config)
         unet.load_state_dict(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-
-# Characters of a message that are kept at its beginning and its end: what it names, or what a library says in it, may be
-# of any length.
+# Characters that are kept at either end of a message: what it names, or a library says in it, may be of any length.
 _KEPT = 2000
 
 
