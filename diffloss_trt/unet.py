@@ -172,7 +172,10 @@ def reload_unet(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Any
         unet.load_state_dict(
             {key: weight.to(device, dtype) for key, weight in weights.items()}, strict=True, assign=True
         )
-    except (RuntimeError, TypeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    # A constructor fed with wrong values raises anything.
+    except Exception as error:
         first = str(error).strip().splitlines()
         raise BundleError(
             f"{bundle.path}: the UNet's weights do not fit its configuration: {' '.join(first[:2])}"

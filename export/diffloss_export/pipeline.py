@@ -93,8 +93,7 @@ def export_bundle(
             on_stage(f"exporting the {name} graph")
             graphs.append(write_graph(make(), weights))
         reference = Reference.of_unet(tapped, resolution)
-        if gradient:
-            _record(reference, writer.path / REFERENCE, on_stage)
+        _record(reference, writer.path / REFERENCE, on_stage)
         reports: list[Report] = []
 
         def check(bundle: Bundle) -> None:
