@@ -1,0 +1,68 @@
+"""Pictures of the results, and whether a picture on disk shows the results that are there now."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib
+from matplotlib.figure import Figure
+from PIL import Image
+from targets import OURS
+
+# A picture names in its metadata what it was drawn from: pixels differ between versions of matplotlib.
+_DRAWN_FROM: Final = "Source"
+# Of Okabe and Ito, which the colour-blind tell apart.
+_BLUE, _GREY, _ORANGE = "#0072B2", "#888888", "#D55E00"
+_STYLE: dict[Any, Any] = {"font.size": 7.5, "axes.linewidth": 0.6, "font.family": "DejaVu Sans"}
+
+
+def to_png(figure: Figure, content: Any) -> bytes:
+    """Return a picture of `content`."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=160, metadata={_DRAWN_FROM: _digest(content)})
+    return picture.getvalue()
+
+
+def shows(path: Path, content: Any) -> bool:
+    """Whether the picture at `path` was drawn from `content`."""
+    if not path.exists():
+        return False
+    with Image.open(path) as picture:
+        return bool(picture.info.get(_DRAWN_FROM) == _digest(content))
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def draw_loss_step(rows: list[dict[str, Any]], labels: list[str]) -> Figure:
+    """Draw each row's speed in times eager, and beside it its gradient error at each distance."""
+    places = range(len(rows))
+    ours = [row["way"].startswith(OURS) for row in rows]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.0, 0.7 + 0.22 * len(rows)), layout="constrained")
+        speed, error = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+        bars = speed.barh(
+            places, [row["times_eager"] for row in rows], color=[_BLUE if mine else _GREY for mine in ours], height=0.7
+        )
+        speed.bar_label(bars, fmt="%.2f", padding=2)
+        speed.set(title="speed, times eager fp32", yticks=places, yticklabels=labels)
+        speed.margins(x=0.12)
+        speed.invert_yaxis()
+        for place, row, mine in zip(places, rows, ours, strict=True):
+            errors = list(row["gradient_error"].values())
+            error.plot(errors, [place] * len(errors), color=_BLUE if mine else _GREY, linewidth=1)
+            for value, decibels in zip(errors, row["gradient_error"], strict=True):
+                size = {"20": 2.5, "30": 4, "40": 5.5}[decibels]
+                error.plot(value, place, "o", color=_BLUE if mine else _GREY, markersize=size)
+        error.set(title=f"gradient error, {' / '.join(rows[0]['gradient_error'])} dB", xscale="log")
+        error.axvline(1, color=_ORANGE, linewidth=0.8, linestyle="--")
+        error.grid(axis="x", linewidth=0.3, color="0.85")
+        for axes in (speed, error):
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(axis="y", length=0)
+    return figure
