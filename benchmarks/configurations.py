@@ -50,6 +50,15 @@ CONFIGURATIONS: Final[dict[str, dict[str, Any]]] = {
         "attention_head_dim": 64,
         "attn_norm_num_groups": 32,
     },
+    # To see a script run.
+    "tiny": _DDPM
+    | {
+        "sample_size": 16,
+        "layers_per_block": 1,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    },
 }
 
 

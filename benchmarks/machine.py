@@ -1,28 +1,46 @@
-"""What a result was measured on, and the memory of a process."""
+"""What a result was measured on: device and versions, its limit, and the memory of a process."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import multiprocessing
 import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
+from timing import wait
 
-_PACKAGES = ("torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13")
+_PACKAGES = (
+    "torch",
+    "diffusers",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "torch-tensorrt",
+)
+# Side of the square matrices whose product is the limit: large enough that nothing but arithmetic counts.
+_SIDES: Final = {"cpu": 2048, "cuda": 8192}
 
 
 def describe() -> dict[str, Any]:
-    """Return device, cores, threads, date and versions, as JSON values."""
+    """Return device, its type, threads, date and versions, as JSON values."""
     versions = {}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    has_gpu = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "device": torch.cuda.get_device_name() if has_gpu else _cpu(),
+        "device_type": "cuda" if has_gpu else "cpu",
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
@@ -39,6 +57,55 @@ def _cpu() -> str:
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     features = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
     return f"{name} ({', '.join(features)})"
+
+
+def product_ceiling(dtype: torch.dtype, device: torch.device, repeats: int = 20) -> float:
+    """Return the most FLOP/s that a large product of two matrices of `dtype` reaches here."""
+    side = _SIDES[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    shortest = float("inf")
+    for _ in range(repeats):
+        wait(device)
+        started = time.perf_counter()
+        a @ b
+        wait(device)
+        shortest = min(shortest, time.perf_counter() - started)
+    return 2 * side**3 / shortest
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return `function(*arguments)`, called in a process of its own, with as many threads as this one has."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def step_memory(make: Callable[[], Callable[[], object]], device: torch.device) -> int:
+    """Return how many bytes more than before this process holds at the peak of a step, weights and code included.
+
+    To be called in a process of its own. `make` returns the step; it is warmed up first, and what only that needed is
+    given back and not counted. On a GPU it is the GPU's memory, whoever took it: nobody else may be using it.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        step = make()
+        _warm_up(step)
+        wait(device)
+        torch.cuda.empty_cache()
+        step()
+        wait(device)
+        return int(free - torch.cuda.mem_get_info(device)[0])
+    held = forget_peak_memory()
+    step = make()
+    _warm_up(step)
+    forget_peak_memory()
+    step()
+    return peak_memory() - held
+
+
+def _warm_up(step: Callable[[], object]) -> None:
+    for _ in range(2):
+        step()
 
 
 def peak_memory() -> int:

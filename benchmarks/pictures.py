@@ -11,7 +11,8 @@ from typing import Any, Final
 import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
-from targets import OURS
+from sections import label
+from targets import OURS, Row
 
 # A picture names in its metadata what it was drawn from: pixels differ between versions of matplotlib.
 _DRAWN_FROM: Final = "Source"
@@ -39,7 +40,7 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def draw_loss_step(rows: list[dict[str, Any]], labels: list[str]) -> Figure:
+def draw_loss_step(rows: list[Row]) -> Figure:
     """Draw each row's speed in times eager, and beside it its gradient error at each distance."""
     places = range(len(rows))
     ours = [row["way"].startswith(OURS) for row in rows]
@@ -50,7 +51,7 @@ def draw_loss_step(rows: list[dict[str, Any]], labels: list[str]) -> Figure:
             places, [row["times_eager"] for row in rows], color=[_BLUE if mine else _GREY for mine in ours], height=0.7
         )
         speed.bar_label(bars, fmt="%.2f", padding=2)
-        speed.set(title="speed, times eager fp32", yticks=places, yticklabels=labels)
+        speed.set(title="speed, times eager fp32", yticks=places, yticklabels=[label(row) for row in rows])
         speed.margins(x=0.12)
         speed.invert_yaxis()
         for place, row, mine in zip(places, rows, ours, strict=True):
@@ -65,4 +66,29 @@ def draw_loss_step(rows: list[dict[str, Any]], labels: list[str]) -> Figure:
         for axes in (speed, error):
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def draw_scaling(curves: list[dict[str, Any]]) -> Figure:
+    """Draw each curve's times over its sizes, one panel for images and one for pixels."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.0, 2.4), layout="constrained")
+        panels = dict(zip(("images", "pixels"), figure.subplots(1, 2, sharey=True), strict=True))
+        for curve in curves:
+            axes = panels[curve["over"]]
+            sizes, times, low, high = zip(
+                *((point["size"], point["median_ms"], *point["quartiles_ms"]) for point in curve["points"]), strict=True
+            )
+            colour = _BLUE if curve["way"].startswith(OURS) else _GREY
+            label = f"{curve['way']}: size$^{{{curve['exponent']:.2f}}}$"
+            axes.fill_between(sizes, low, high, color=colour, alpha=0.2, linewidth=0)
+            axes.plot(sizes, times, "o-", color=colour, markersize=3, linewidth=1.2, label=label)
+            axes.set(xscale="log", yscale="log", xticks=sizes, xticklabels=sizes)
+            axes.minorticks_off()
+        panels["images"].set(xlabel="images in a batch", ylabel="ms a step")
+        panels["pixels"].set(xlabel="pixels of one image")
+        for axes in panels.values():
+            axes.grid(linewidth=0.3, color="0.85")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False)
     return figure

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from report import BEGIN, END, PAGE, RESULTS, ROOT, Content, differences, load, make_report, write
+from report import BEGIN, END, PAGE, RESULTS, ROOT, differences, load, make_report, write
+from sections import Content
 
 LOSS_STEP = "loss-step-cifar10-cpu"
 
