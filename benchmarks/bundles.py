@@ -8,10 +8,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from configurations import make_model
+import torch
+from configurations import CONFIGURATIONS, make_model, make_schedule
 
 from diffloss_engine.bundle import Bundle
 from diffloss_export.pipeline import export_bundle
+from diffloss_trt.unet import TappedUNet
 
 
 @contextmanager
@@ -41,3 +43,18 @@ def make_bundle(folder: Path, configuration: str, precision: str, batch_size: in
             on_stage=lambda stage: print(f"{path.name}: {stage}", flush=True),
         )
     return Bundle.open(path)
+
+
+def load_tapped(folder: Path, configuration: str, dtype: torch.dtype, device: torch.device) -> TappedUNet:
+    """Return the UNet that `make_model` makes; its weights, which take a while to draw, are kept in `folder`."""
+    from diffusers import UNet2DModel
+
+    path = folder / f"{configuration}.pt"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(make_model(configuration).unet.state_dict(), path)
+    weights = torch.load(path, mmap=True, weights_only=True)
+    with torch.device("meta"):
+        unet = UNet2DModel(**CONFIGURATIONS[configuration])
+    unet.load_state_dict({name: weight.to(device, dtype, copy=True) for name, weight in weights.items()}, assign=True)
+    return TappedUNet(unet, make_schedule())

@@ -73,5 +73,9 @@ def make_model(name: str) -> LoadedModel:
             parameter.data += 0.1 * torch.randn_like(parameter)
         elif not parameter.any():
             nn.init.normal_(parameter, std=0.05)
-    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    return LoadedModel(unet.eval().requires_grad_(False), NoiseSchedule(torch.cumprod(1 - betas, 0)), name, ())
+    return LoadedModel(unet.eval().requires_grad_(False), make_schedule(), name, ())
+
+
+def make_schedule() -> NoiseSchedule:
+    """Return the linear schedule of 1000 steps that all of them were published with."""
+    return NoiseSchedule(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0))

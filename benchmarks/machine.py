@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import multiprocessing
 import platform
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +15,8 @@ from typing import Any, Final
 
 import torch
 from timing import wait
+
+from diffloss_engine.errors import DiffLossError
 
 _PACKAGES = (
     "torch",
@@ -59,6 +62,13 @@ def _cpu() -> str:
     return f"{name} ({', '.join(features)})"
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Let PyTorch, and what it compiles from now on, round the factors of fp32 products to TF32, or forbid it."""
+    # Not `torch.backends.fp32_precision`, behind which torch.export cannot read these any more (torch 2.13).
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def product_ceiling(dtype: torch.dtype, device: torch.device, repeats: int = 20) -> float:
     """Return the most FLOP/s that a large product of two matrices of `dtype` reaches here."""
     side = _SIDES[device.type]
@@ -80,32 +90,45 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def step_memory(make: Callable[[], Callable[[], object]], device: torch.device) -> int:
-    """Return how many bytes more than before this process holds at the peak of a step, weights and code included.
+def build(make: Callable[[], Callable[..., Any]], device: torch.device) -> tuple[Callable[..., Any], int]:
+    """Return the step that `make` returns, warmed up, and how many bytes it takes, weights included, while it runs.
 
-    To be called in a process of its own. `make` returns the step; it is warmed up first, and what only that needed is
-    given back and not counted. On a GPU it is the GPU's memory, whoever took it: nobody else may be using it.
+    What only warming up needs is given back and not counted. On a GPU it is the GPU's memory, whoever took it: nobody
+    else may be using it. On a CPU it is that of a process of its own beyond PyTorch, and `make` has to be picklable.
     """
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+    if device.type != "cuda":
         step = make()
-        _warm_up(step)
-        wait(device)
-        torch.cuda.empty_cache()
-        step()
-        wait(device)
-        return int(free - torch.cuda.mem_get_info(device)[0])
+        _run(step, 2)
+        return step, alone(_resident, make)
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(device)[0]
+    step = make()
+    _run(step, 2)
+    wait(device)
+    torch.cuda.empty_cache()
+    _run(step, 1)
+    wait(device)
+    return step, int(free - torch.cuda.mem_get_info(device)[0])
+
+
+def _resident(make: Callable[[], Callable[..., Any]]) -> int:
     held = forget_peak_memory()
     step = make()
-    _warm_up(step)
+    _run(step, 2)
     forget_peak_memory()
-    step()
+    _run(step, 1)
     return peak_memory() - held
 
 
-def _warm_up(step: Callable[[], object]) -> None:
-    for _ in range(2):
+def _run(step: Callable[..., Any], times: int) -> None:
+    for _ in range(times):
         step()
+
+
+def reason(error: Exception) -> str:
+    """Return in a line why something could not be run."""
+    first = textwrap.shorten(next(iter(str(error).strip().splitlines()), ""), 200)
+    return first if isinstance(error, DiffLossError) else f"{type(error).__name__}: {first}"
 
 
 def peak_memory() -> int:

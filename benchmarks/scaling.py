@@ -23,15 +23,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+import sections
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from bundles import make_bundle, workplace
-from configurations import CONFIGURATIONS, make_model
-from machine import alone, describe, step_memory
+from bundles import load_tapped, make_bundle, workplace
+from configurations import CONFIGURATIONS
+from machine import build, describe
 from nafnet import WideRestorationNetwork
-from rich.console import Console
-from rich.table import Table
 from timing import Timing, interleaved, wait
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -73,21 +72,15 @@ class Setting:
             precision = PRECISION[self.device.type]
             bundle = make_bundle(self.folder, self.configuration, precision, point.batch_size, point.side)
             return DiffLoss.load(bundle.path, "auto", self.device, backward="fused")
-        model = make_model(self.configuration)
-        # Not `unet.to`: diffusers' own logs a warning about modules to be kept in float32, of which there are none.
-        unet = nn.Module.to(model.unet, self.device)
-        nn.utils.convert_conv2d_weight_memory_format(unet, torch.channels_last)
-        return DiffLoss.from_unet(unet, model.schedule)
+        tapped = load_tapped(self.folder, self.configuration, torch.float32, self.device)
+        nn.utils.convert_conv2d_weight_memory_format(tapped.unet, torch.channels_last)
+        return DiffLoss.from_unet(tapped.unet, tapped.schedule)
 
     def step(self, point: Point) -> Callable[[], object]:
         loss_fn = self.loss(point)
         target = torch.rand(point.batch_size, 3, point.side, point.side, device=self.device)
         restored = (target + 0.05 * torch.randn_like(target)).requires_grad_()
         return lambda: torch.autograd.grad(loss_fn(restored, target), restored)
-
-
-def _memory(setting: Setting, point: Point) -> int:
-    return step_memory(functools.partial(setting.step, point), setting.device)
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
@@ -115,11 +108,11 @@ def measure_sizes(
     own = int(CONFIGURATIONS[setting.configuration]["sample_size"])
     ours = f"diffloss-trt, {PRECISION[setting.device.type]}"
     points = [Point(way, *size) for way in (EAGER, ours) for size in _sizes(own, batch_sizes, sides)]
-    steps = {str(point): setting.step(point) for point in points}
-    for step in steps.values():
-        step()
+    steps: dict[str, Callable[[], object]] = {}
+    memory: dict[Point, int] = {}
+    for point in points:
+        steps[str(point)], memory[point] = build(functools.partial(setting.step, point), setting.device)
     timings = interleaved(steps, rounds, setting.device)
-    memory = {point: alone(_memory, setting, point) for point in points}
     curves = []
     for way in (EAGER, ours):
         for over, sizes, chosen in (
@@ -224,13 +217,9 @@ def main() -> None:
         largest = Point("diffloss-trt", max(args.batch_sizes), own)
         processes = measure_processes(setting, largest, args.rounds)
     result = {**describe(), "configuration": args.configuration, "curves": curves, "processes": processes}
-    table = Table("way", "over", "ms", "exponent", "bytes each", title=f"{result['device']}, {args.configuration}")
-    for curve in curves:
-        times = ", ".join(f"{point['size']}: {point['median_ms']:.4g}" for point in curve["points"])
-        table.add_row(curve["way"], curve["over"], times, f"{curve['exponent']}", f"{curve['memory']['bytes_each']}")
-    Console().print(table, processes)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n\n".join(sections.scaling(result)))
 
 
 if __name__ == "__main__":

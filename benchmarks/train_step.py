@@ -17,19 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import sections
 import torch
 import torch.nn.functional as F
-from bundles import make_bundle, workplace
-from configurations import CONFIGURATIONS, make_model
-from machine import alone, describe, step_memory
+from bundles import load_tapped, make_bundle, workplace
+from configurations import CONFIGURATIONS
+from machine import build, describe, reason
 from nafnet import WideRestorationNetwork
 from perceptual import PerceptualLoss
-from rich.console import Console
-from rich.table import Table
 from timing import interleaved
 from torch import Tensor, nn
 
-from diffloss_engine.errors import BackendError, BackendUnavailableError
 from diffloss_trt import DiffLoss
 from diffloss_trt.loss import choose_device
 
@@ -59,11 +57,9 @@ class Setting:
         return DiffLoss.load(bundle.path, backend, self.device, backward="fused")
 
     def eager(self) -> Loss:
-        model = make_model(self.configuration)
-        # Not `unet.to`: diffusers' own logs a warning about modules to be kept in float32, of which there are none.
-        unet = nn.Module.to(model.unet, self.device)
-        nn.utils.convert_conv2d_weight_memory_format(unet, torch.channels_last)
-        return DiffLoss.from_unet(unet, model.schedule)
+        tapped = load_tapped(self.folder, self.configuration, torch.float32, self.device)
+        nn.utils.convert_conv2d_weight_memory_format(tapped.unet, torch.channels_last)
+        return DiffLoss.from_unet(tapped.unet, tapped.schedule)
 
     def losses(self) -> dict[str, Callable[[], Loss]]:
         """Return what makes each row's loss, by the row's name."""
@@ -77,7 +73,7 @@ class Setting:
         return rows
 
     def step(self, row: str) -> Callable[[], None]:
-        """Return a row's training step; raises BackendError, or BackendUnavailableError if it cannot be run."""
+        """Return a row's training step; raises BackendUnavailableError if it cannot be run here."""
         loss_fn = self.losses()[row]()
         torch.manual_seed(0)
         network = WideRestorationNetwork().to(self.device)
@@ -98,23 +94,18 @@ class Setting:
         return run
 
 
-def _memory(setting: Setting, row: str) -> int:
-    return step_memory(lambda: setting.step(row), setting.device)
-
-
 def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
     """Return a row for each loss: time, and the loss's share of it; or why it was not run."""
-    steps: dict[str, Callable[[], None]] = {}
+    steps: dict[str, Callable[[], object]] = {}
+    memory: dict[str, int] = {}
     not_run: dict[str, str] = {}
     for row in setting.losses():
-        print(f"warming up {row} ...", flush=True)
+        print(f"building {row} ...", flush=True)
         try:
-            steps[row] = setting.step(row)
-            for _ in range(2):
-                steps[row]()
-        except (BackendError, BackendUnavailableError, torch.OutOfMemoryError) as error:
-            steps.pop(row, None)
-            not_run[row] = str(error).splitlines()[0]
+            steps[row], memory[row] = build(functools.partial(setting.step, row), setting.device)
+        # Whatever it is, it must not lose the other rows.
+        except Exception as error:
+            not_run[row] = reason(error)
     timings = interleaved(steps, rounds, setting.device)
     rows: list[dict[str, Any]] = []
     for row in setting.losses():
@@ -128,6 +119,7 @@ def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
                 **timings[row].to_json(),
                 "images_per_s": float(f"{setting.batch_size / seconds:.4g}"),
                 "share": round(1 - timings[NONE].median / seconds, 3),
+                "peak_memory_bytes": memory[row],
             }
         )
     return rows
@@ -150,9 +142,6 @@ def main() -> None:
     with workplace(args.work) as folder:
         setting = Setting(folder, args.configuration, args.side, args.batch_size, device)
         rows = measure(setting, args.rounds)
-        for row in rows:
-            if "not_run" not in row:
-                row["peak_memory_bytes"] = alone(_memory, setting, row["loss"])
     result = {
         **describe(),
         "configuration": args.configuration,
@@ -161,16 +150,9 @@ def main() -> None:
         "network_parameters": sum(parameter.numel() for parameter in WideRestorationNetwork().parameters()),
         "rows": rows,
     }
-    table = Table("loss", "ms", "images/s", "its share", "peak MiB", title=f"{result['device']}, {args.configuration}")
-    for row in rows:
-        if "not_run" in row:
-            table.add_row(row["loss"], row["not_run"])
-        else:
-            cells = (f"{row['images_per_s']:.3g}", f"{row['share']:.0%}", f"{row['peak_memory_bytes'] / 2**20:.0f}")
-            table.add_row(row["loss"], f"{row['median_ms']:.0f}", *cells)
-    Console().print(table)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n\n".join(sections.train_step(result)))
 
 
 if __name__ == "__main__":
