@@ -11,7 +11,7 @@ from typing import Any, Final
 import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
-from sections import label
+from sections import all_stages, label, title
 from targets import OURS, Row
 
 # A picture names in its metadata what it was drawn from: pixels differ between versions of matplotlib.
@@ -91,4 +91,29 @@ def draw_scaling(curves: list[dict[str, Any]]) -> Figure:
             axes.grid(linewidth=0.3, color="0.85")
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(frameon=False)
+    return figure
+
+
+def draw_exports(exports: list[dict[str, Any]]) -> Figure:
+    """Draw what each stage of each export takes, seconds and memory side by side."""
+    stages = list(dict.fromkeys(stage["stage"] for export in exports for stage in all_stages(export)))
+    height = 0.8 / len(exports)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.0, 0.7 + 0.2 * len(stages)), layout="constrained")
+        seconds, memory = figure.subplots(1, 2, sharey=True)
+        for index, export in enumerate(exports):
+            found = all_stages(export)
+            places = [stages.index(stage["stage"]) - 0.4 + height * (index + 0.5) for stage in found]
+            style = {"height": height, "color": _BLUE, "alpha": (index + 1) / len(exports)}
+            seconds.barh(places, [stage["seconds"] for stage in found], label=title(export["configuration"]), **style)
+            memory.barh(places, [stage["peak_memory_bytes"] / 2**30 for stage in found], **style)
+        seconds.set(xlabel="s", xscale="log", yticks=range(len(stages)), yticklabels=stages)
+        memory.set(xlabel="peak GiB")
+        seconds.invert_yaxis()
+        for axes in (seconds, memory):
+            axes.grid(axis="x", linewidth=0.3, color="0.85")
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(axis="y", length=0)
+        figure.legend(loc="outside lower center", ncols=len(exports), frameon=False)
     return figure

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import sections
 from matplotlib.figure import Figure
-from pictures import draw_loss_step, draw_scaling, shows, to_png
+from pictures import draw_exports, draw_loss_step, draw_scaling, shows, to_png
 from sections import Content
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -34,6 +34,7 @@ BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 # How the names of files begin and what they hold; of which architecture and type of device there should be one.
 BENCHMARKS: Final = {
     "loss-step": "a step of the loss",
+    "hot-spots": "where the time of a step goes",
     "train-step": "a training step",
     "scaling": "scaling",
     "export": "exports and builds",
@@ -43,6 +44,7 @@ PLANNED: Final = (
     ("loss-step", "cifar10", "cuda"),
     ("loss-step", "celebahq256", "cuda"),
     ("loss-step", "adm256", "cuda"),
+    ("hot-spots", "cifar10", "cpu"),
     ("train-step", None, "cpu"),
     ("train-step", None, "cuda"),
     ("scaling", None, "cpu"),
@@ -88,12 +90,14 @@ def make_report(results: dict[str, Content]) -> Report:
     for stem, content in results.items():
         if stem.startswith("loss-step"):
             parts += sections.loss_step(content, picture(stem, sections.shown_rows(content), draw_loss_step))
+        elif stem.startswith("hot-spots"):
+            parts += sections.hot_spots(content)
         elif stem.startswith("train-step"):
             parts += sections.train_step(content)
         elif stem.startswith("scaling"):
             parts += sections.scaling(content, picture(stem, content["curves"], draw_scaling))
         else:
-            parts += sections.exports(content)
+            parts += sections.exports(content, picture(stem, content["exports"], draw_exports))
     parts.append(_missing(results))
     return Report("\n\n".join(_wrapped(part.strip()) for part in parts) + "\n", pictures)
 
@@ -118,7 +122,11 @@ def _missing(results: dict[str, Content]) -> str:
 def _wrapped(part: str) -> str:
     if part.startswith(("#", "|", "!")):
         return part
-    return textwrap.fill(part, 120, break_on_hyphens=False, break_long_words=False)
+    indent = "  " if part.startswith("- ") else ""
+    return "\n".join(
+        textwrap.fill(line, 120, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+        for line in part.splitlines()
+    )
 
 
 def differences(report: Report, page: Path, root: Path) -> list[str]:

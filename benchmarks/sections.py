@@ -36,27 +36,42 @@ def title(configuration: str) -> str:
 
 def _machine(content: Content) -> str:
     versions = [f"{_RUNTIMES[name]} {version}" for name, version in content["versions"].items() if name in _RUNTIMES]
-    return ", ".join([content["device"], f"{content['threads']} threads", *versions, content["date"]])
+    threads = f"{content['threads']} thread{'s' if content['threads'] > 1 else ''}"
+    return ", ".join([content["device"], threads, *versions, content["date"]])
 
 
 def _mebibytes(row: Row) -> str:
     return f"{row['peak_memory_bytes'] / 2**20:.0f}"
 
 
+def _time(row: Row) -> str:
+    median = f"{row['median_ms']:.4g}"
+    if "quartiles_ms" not in row:
+        return median
+    first, third = row["quartiles_ms"]
+    return f"{median} ({first:.4g} to {third:.4g})"
+
+
+def _picture(text: str, path: str | None) -> list[str]:
+    return [f"![{text}]({path})"] if path else []
+
+
 # A step of the loss
 
 
-def loss_step(content: Content, picture: str) -> list[str]:
+def loss_step(content: Content, picture: str | None = None) -> list[str]:
     """Lay out the rows of one batch size beside the targets, speeds over batch sizes, and what was not run."""
     rows, name = shown_rows(content), content["configuration"]
     distances = list(rows[0]["gradient_error"])
-    header = ["", "times eager", "times compile", "images/s", "of ceiling", "MiB", f"error, {' / '.join(distances)} dB"]
+    errors = f"error, {' / '.join(distances)} dB"
+    header = ["", "ms", "images/s", "times eager", "times compile", "of ceiling", "MiB", errors]
     lines = [
         [
             label(row),
-            f"{row['times_eager']:.2f}x",
-            f"{row['times_compile']:.2f}x",
+            _time(row),
             f"{row['images_per_s']:.3g}",
+            f"{row['times_eager']:.2f}x",
+            f"{row['times_compile']:.2f}x" if row["times_compile"] else "",
             f"{row['of_ceiling']:.0%}" if "of_ceiling" in row else "",
             _mebibytes(row),
             " / ".join(f"{row['gradient_error'][decibels]:.1e}" for decibels in distances),
@@ -65,10 +80,10 @@ def loss_step(content: Content, picture: str) -> list[str]:
     ]
     return [
         f"### A step of the loss: {title(name)}",
-        f"{content['parameters'] / 1e6:.1f} M parameters, batch {rows[0]['batch_size']}; {_machine(content)}; "
-        f"`python benchmarks/loss_step.py {name}`.",
+        f"{content['parameters'] / 1e6:.1f} M parameters, batch {rows[0]['batch_size']}; medians and "
+        f"quartiles; {_machine(content)}; `python benchmarks/loss_step.py {name}`.",
         markdown_table(header, lines),
-        f"![Speed and gradient error of each row]({picture})",
+        *_picture("Speed and gradient error of each row", picture),
         *_by_batch_size(content),
         *_not_run(content),
         *_held_against_targets(content, rows),
@@ -105,11 +120,15 @@ def _by_batch_size(content: Content) -> list[str]:
 
 
 def _not_run(content: Content) -> list[str]:
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, dict[str, None]]] = {}
     for row in content["rows"]:
         if "not_run" in row:
-            reasons.setdefault(row["not_run"], []).append(f"{label(row)}, batch {row['batch_size']}")
-    return [f"Not run: {'; '.join(labels)} ({reason})." for reason, labels in reasons.items()]
+            reasons.setdefault(row["not_run"], {}).setdefault(row["way"], {})[row["precision"]] = None
+    lines = []
+    for reason, found in reasons.items():
+        names = "; ".join(f"{way} ({', '.join(precisions)})" for way, precisions in found.items())
+        lines.append(f"- {names}: {reason}.\n")
+    return ["Not run:", "".join(lines)] if lines else []
 
 
 def _held_against_targets(content: Content, rows: list[Row]) -> list[str]:
@@ -125,6 +144,27 @@ def _held_against_targets(content: Content, rows: list[Row]) -> list[str]:
     return ["What was aimed at:", markdown_table(["", "aim", "measured", ""], lines)]
 
 
+# Where the time goes
+
+
+def hot_spots(content: Content) -> list[str]:
+    """Lay out the convolutions' part in a step."""
+    header = ["", "ms", "convolutions' share", "their GFLOP/s", "of ceiling", "the whole over them"]
+    lines = []
+    for row in content["rows"]:
+        speed = row["convolution_flops"] / row["convolution_ms"] * 1e3
+        ceiling = content["ceilings"][row["precision"].removesuffix(" autocast")]
+        share = row["convolution_ms"] / row["ms"]
+        cells = (f"{row['ms']:.4g}", f"{share:.0%}", f"{speed / 1e9:.0f}", f"{speed / ceiling:.0%}", f"{1 / share:.2f}")
+        lines.append([f"{row['way']}, {row['precision']}", *cells])
+    return [
+        f"Where the time of a step goes, in a profile; {_machine(content)}; "
+        f"`python benchmarks/hot_spots.py {content['configuration']}`.",
+        markdown_table(header, lines),
+        "A way that did nothing but these convolutions, as fast, would be faster by the last column.",
+    ]
+
+
 # A training step
 
 
@@ -135,9 +175,8 @@ def train_step(content: Content) -> list[str]:
         if "not_run" in row:
             lines.append([row["loss"], f"not run: {row['not_run']}", "", "", ""])
             continue
-        first, third = row["quartiles_ms"]
-        time = f"{row['median_ms']:.4g} ({first:.4g} to {third:.4g})"
-        lines.append([row["loss"], time, f"{row['images_per_s']:.3g}", f"{row['share']:.0%}", _mebibytes(row)])
+        cells = [f"{row['images_per_s']:.3g}", f"{row['share']:.0%}", _mebibytes(row)]
+        lines.append([row["loss"], _time(row), *cells])
     side = content["side"]
     return [
         "### A training step",
@@ -152,7 +191,7 @@ def train_step(content: Content) -> list[str]:
 # Scaling
 
 
-def scaling(content: Content, picture: str) -> list[str]:
+def scaling(content: Content, picture: str | None = None) -> list[str]:
     """Lay out how the cost grows with images, pixels and ranks, and what more ranks would give."""
     lines = []
     for curve in content["curves"]:
@@ -172,7 +211,7 @@ def scaling(content: Content, picture: str) -> list[str]:
         f"A step of the loss of {title(content['configuration'])}; {_machine(content)}; "
         "`python benchmarks/scaling.py`. The exponent is that of the size in the time.",
         markdown_table(["", "size", "ms", "exponent", "MiB"], lines),
-        f"![Time of a step over batch and image size]({picture})",
+        *_picture("Time of a step over batch and image size", picture),
         *_processes(content["processes"]),
     ]
 
@@ -205,27 +244,49 @@ def _processes(found: dict[str, Any]) -> list[str]:
 # Exports and builds
 
 
-def exports(content: Content) -> list[str]:
+def exports(content: Content, picture: str | None = None) -> list[str]:
     """Lay out what exports take over the size of the model."""
-    header = ["", "parameters", "precision", "batch", "export", "with replay against float64"]
-    lines = [
-        [
-            title(export["configuration"]),
-            f"{export['parameters'] / 1e6:.1f} M",
-            export["precision"],
-            str(export["batch_size"]),
-            *(_cost(export[part]) for part in ("export", "export_and_replay")),
-        ]
-        for export in content["exports"]
-    ]
+    header = ["", "parameters", "precision", "batch", "export", "with replay against float64", "build"]
+    lines = []
+    for export in content["exports"]:
+        build = export.get("build")
+        lines.append(
+            [
+                title(export["configuration"]),
+                f"{export['parameters'] / 1e6:.1f} M",
+                export["precision"],
+                str(export["batch_size"]),
+                *(_cost(export[part]) for part in ("export", "export_and_replay")),
+                f"{build['backend']}: {_cost(build)}" if build else "",
+            ]
+        )
     return [
         "### Export",
         f"Time and peak memory of all four graphs; {_machine(content)}; `python benchmarks/export.py`.",
         markdown_table(header, lines),
+        *_picture("Time of each stage of an export", picture),
     ]
+
+
+def export_stages(content: Content) -> str:
+    """Lay out what each stage takes, a column for each model."""
+    costs = {
+        stage["stage"]: [""] * len(content["exports"]) for export in content["exports"] for stage in all_stages(export)
+    }
+    for column, export in enumerate(content["exports"]):
+        for stage in all_stages(export):
+            costs[stage["stage"]][column] = _cost(stage)
+    header = ["", *(title(export["configuration"]) for export in content["exports"])]
+    return markdown_table(header, [[stage, *cells] for stage, cells in costs.items()])
+
+
+def all_stages(export: Content) -> list[dict[str, Any]]:
+    """Return the stages of an export, and of the build if there was one."""
+    build = export.get("build")
+    return [*export["stages"], *(build["stages"] if build else [])]
 
 
 def _cost(total: dict[str, Any]) -> str:
     seconds = total["seconds"]
-    time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+    time = f"{seconds:.3g} s" if seconds < 120 else f"{seconds / 60:.1f} min"
     return f"{time}, {total['peak_memory_bytes'] / 2**30:.1f} GiB"
