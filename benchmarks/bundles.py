@@ -31,13 +31,14 @@ def workplace(folder: Path | None) -> Iterator[Path]:
 
 def make_bundle(folder: Path, configuration: str, precision: str, batch_size: int, side: int | None = None) -> Bundle:
     """Return the bundle of an architecture for images of `side` (by default its own), exported unless it is there."""
-    path = folder / f"{configuration}-{precision}-{batch_size}-{side or 'own'}"
+    side = side or int(CONFIGURATIONS[configuration]["sample_size"])
+    path = folder / f"{configuration}-{precision}-{batch_size}-{side}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         export_bundle(
             make_model(configuration),
             path,
-            resolution=(side, side) if side else None,
+            resolution=(side, side),
             batch_size=batch_size,
             precision=precision,
             on_stage=lambda stage: print(f"{path.name}: {stage}", flush=True),

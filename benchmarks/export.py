@@ -127,7 +127,7 @@ def main() -> None:
     result = {**describe(), "exports": exports}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print("\n\n".join([*sections.exports(result), sections.export_stages(result)]))
+    print(sections.joined([*sections.exports(result), sections.export_stages(result)]))
 
 
 if __name__ == "__main__":

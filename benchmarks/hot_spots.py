@@ -20,20 +20,22 @@ import torch
 from bundles import make_bundle, workplace
 from configurations import CONFIGURATIONS
 from loss_step import TIMED_AT
-from machine import describe, product_ceiling
+from machine import describe, large_product
 from targets import EAGER, OURS
+from timing import interleaved
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from ways import AUTOCAST, DTYPES, Images, Setting, make_images, ways
+from ways import AUTOCAST, PRODUCTS, Images, Setting, make_images, ways
 
 from diffloss_engine.bundle import Bundle
 from diffloss_trt.contract import GRADIENT
 
+_CPU: Final = torch.device("cpu")
 _RUNS: Final = 5
 
 
 def _of_pytorch(setting: Setting, images: Images, way: str, precision: str) -> dict[str, Any]:
-    chosen = next(w for w in ways(setting.device, ()) if (w.way, w.precision) == (way, precision))
+    chosen = next(w for w in ways(setting, ()) if (w.way, w.precision) == (way, precision))
     step = chosen.step(setting)
     with FlopCounterMode(display=False) as counter:
         step(images)
@@ -87,6 +89,12 @@ def _flops(arguments: dict[str, Any]) -> int:
     return int(2 * math.prod(output) * math.prod(kernel[1:]))
 
 
+def _ceiling(dtype: torch.dtype) -> float:
+    product, flops = large_product(dtype, _CPU)
+    product()
+    return float(f"{flops / interleaved({'product': product}, 9, _CPU)['product'].median:.4g}")
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -97,22 +105,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the result")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device = torch.device("cpu")
     with workplace(args.work) as folder:
-        setting = Setting(folder, args.configuration, args.batch_size, device)
+        setting = Setting(folder, args.configuration, args.batch_size, _CPU)
         images = make_images(setting, args.batch_size, TIMED_AT)
         rows = [_of_pytorch(setting, images, EAGER, precision) for precision in ("fp32", AUTOCAST)]
         rows.append(_of_onnxruntime(make_bundle(folder, args.configuration, "fp32", args.batch_size)))
-    result = {
-        **describe(),
-        "configuration": args.configuration,
-        "batch_size": args.batch_size,
-        "ceilings": {precision: product_ceiling(DTYPES[precision], device) for precision in ("fp32", "bf16")},
-        "rows": rows,
-    }
+        for row in rows:
+            row["ceiling_flops_per_s"] = _ceiling(PRODUCTS[row["precision"]])
+    result = {**describe(), "configuration": args.configuration, "batch_size": args.batch_size, "rows": rows}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print("\n\n".join(sections.hot_spots(result)))
+    print(sections.joined(sections.hot_spots(result)))
 
 
 if __name__ == "__main__":

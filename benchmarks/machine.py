@@ -7,7 +7,6 @@ import importlib.metadata
 import multiprocessing
 import platform
 import textwrap
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Final
 
 import torch
 from timing import wait
+from torch import Tensor
 
 from diffloss_engine.errors import DiffLossError
 
@@ -69,18 +69,11 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-def product_ceiling(dtype: torch.dtype, device: torch.device, repeats: int = 20) -> float:
-    """Return the most FLOP/s that a large product of two matrices of `dtype` reaches here."""
+def large_product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], Tensor], int]:
+    """Return a function that multiplies two large matrices, as fast as the machine can do arithmetic, and its FLOP."""
     side = _SIDES[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    shortest = float("inf")
-    for _ in range(repeats):
-        wait(device)
-        started = time.perf_counter()
-        a @ b
-        wait(device)
-        shortest = min(shortest, time.perf_counter() - started)
-    return 2 * side**3 / shortest
+    return lambda: a @ b, 2 * side**3
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -125,10 +118,12 @@ def _run(step: Callable[..., Any], times: int) -> None:
         step()
 
 
-def reason(error: Exception) -> str:
-    """Return in a line why something could not be run."""
-    first = textwrap.shorten(next(iter(str(error).strip().splitlines()), ""), 200)
-    return first if isinstance(error, DiffLossError) else f"{type(error).__name__}: {first}"
+def reason(error: Exception, folder: Path) -> str:
+    """Return in a line why something could not be run, without the path of `folder`."""
+    first = next(iter(str(error).strip().splitlines()), "").replace(f"{folder}/", "")
+    if not isinstance(error, DiffLossError):
+        first = f"{type(error).__name__}: {first}"
+    return textwrap.shorten(first, 200)
 
 
 def peak_memory() -> int:

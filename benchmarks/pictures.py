@@ -41,31 +41,49 @@ def _digest(content: Any) -> str:
 
 
 def draw_loss_step(rows: list[Row]) -> Figure:
-    """Draw each row's speed in times eager, and beside it its gradient error at each distance."""
+    """Draw each row's speed, and beside it its gradient error at each distance."""
     places = range(len(rows))
-    ours = [row["way"].startswith(OURS) for row in rows]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(7.0, 0.7 + 0.22 * len(rows)), layout="constrained")
         speed, error = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-        bars = speed.barh(
-            places, [row["times_eager"] for row in rows], color=[_BLUE if mine else _GREY for mine in ours], height=0.7
-        )
-        speed.bar_label(bars, fmt="%.2f", padding=2)
-        speed.set(title="speed, times eager fp32", yticks=places, yticklabels=[label(row) for row in rows])
+        colours = [_BLUE if row["way"].startswith(OURS) else _GREY for row in rows]
+        bars = speed.barh(places, [row["images_per_s"] for row in rows], color=colours, height=0.7)
+        speed.bar_label(bars, fmt="%.3g", padding=2)
+        speed.set(title="images/s", yticks=places, yticklabels=[label(row) for row in rows])
         speed.margins(x=0.12)
         speed.invert_yaxis()
-        for place, row, mine in zip(places, rows, ours, strict=True):
+        for place, row, colour in zip(places, rows, colours, strict=True):
             errors = list(row["gradient_error"].values())
-            error.plot(errors, [place] * len(errors), color=_BLUE if mine else _GREY, linewidth=1)
+            error.plot(errors, [place] * len(errors), color=colour, linewidth=1)
             for value, decibels in zip(errors, row["gradient_error"], strict=True):
                 size = {"20": 2.5, "30": 4, "40": 5.5}[decibels]
-                error.plot(value, place, "o", color=_BLUE if mine else _GREY, markersize=size)
-        error.set(title=f"gradient error, {' / '.join(rows[0]['gradient_error'])} dB", xscale="log")
+                error.plot(value, place, "o", color=colour, markersize=size)
+        error.set(title=f"error, {' / '.join(rows[0]['gradient_error'])} dB", xscale="log")
         error.axvline(1, color=_ORANGE, linewidth=0.8, linestyle="--")
         error.grid(axis="x", linewidth=0.3, color="0.85")
         for axes in (speed, error):
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def draw_train_step(rows: list[Row]) -> Figure:
+    """Draw what a training step takes with each loss, the time without one apart."""
+    run = [row for row in rows if "not_run" not in row]
+    places = range(len(run))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.0, 0.6 + 0.22 * len(run)), layout="constrained")
+        axes = figure.subplots()
+        times = [row["median_ms"] for row in run]
+        colours = [_BLUE if OURS.strip(", ") in row["loss"] else _GREY for row in run]
+        bars = axes.barh(places, times, color=colours, height=0.7)
+        axes.bar_label(bars, [f"{row['share']:.0%}" for row in run], padding=2)
+        axes.axvline(times[0], color=_ORANGE, linewidth=0.8, linestyle="--")
+        axes.set(title="ms a step, and the loss's share", yticks=places, yticklabels=[row["loss"] for row in run])
+        axes.margins(x=0.12)
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
     return figure
 
 

@@ -12,7 +12,6 @@ import argparse
 import functools
 import json
 import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, Final
 
 import sections
 from matplotlib.figure import Figure
-from pictures import draw_exports, draw_loss_step, draw_scaling, shows, to_png
+from pictures import draw_exports, draw_loss_step, draw_scaling, draw_train_step, shows, to_png
 from sections import Content
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -34,7 +33,7 @@ BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 # How the names of files begin and what they hold; of which architecture and type of device there should be one.
 BENCHMARKS: Final = {
     "loss-step": "a step of the loss",
-    "hot-spots": "where the time of a step goes",
+    "hot-spots": "a profile of a step",
     "train-step": "a training step",
     "scaling": "scaling",
     "export": "exports and builds",
@@ -93,13 +92,13 @@ def make_report(results: dict[str, Content]) -> Report:
         elif stem.startswith("hot-spots"):
             parts += sections.hot_spots(content)
         elif stem.startswith("train-step"):
-            parts += sections.train_step(content)
+            parts += sections.train_step(content, picture(stem, content["rows"], draw_train_step))
         elif stem.startswith("scaling"):
             parts += sections.scaling(content, picture(stem, content["curves"], draw_scaling))
         else:
             parts += sections.exports(content, picture(stem, content["exports"], draw_exports))
     parts.append(_missing(results))
-    return Report("\n\n".join(_wrapped(part.strip()) for part in parts) + "\n", pictures)
+    return Report(sections.joined(parts), pictures)
 
 
 def _missing(results: dict[str, Content]) -> str:
@@ -117,16 +116,6 @@ def _missing(results: dict[str, Content]) -> str:
             of = "" if name is None else f" of {sections.title(name)}"
             missing.append(f"{BENCHMARKS[benchmark]}{of} on a {'GPU' if device_type == 'cuda' else 'CPU'}")
     return f"Not measured: {'; '.join(missing)}." if missing else "Nothing that was planned is left to be measured."
-
-
-def _wrapped(part: str) -> str:
-    if part.startswith(("#", "|", "!")):
-        return part
-    indent = "  " if part.startswith("- ") else ""
-    return "\n".join(
-        textwrap.fill(line, 120, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
-        for line in part.splitlines()
-    )
 
 
 def differences(report: Report, page: Path, root: Path) -> list[str]:

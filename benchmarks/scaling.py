@@ -42,7 +42,7 @@ EAGER: Final = "eager PyTorch, fp32"
 # What is measured unless said otherwise, by the type of device: architecture, batch sizes (of its own image size), and
 # sides of single images.
 DEFAULTS: Final = {
-    "cpu": ("cifar10", (1, 2, 4, 8), (16, 32, 48, 64)),
+    "cpu": ("cifar10", (1, 2, 4, 8), (16, 32, 64)),
     "cuda": ("celebahq256", (1, 2, 4, 8, 16), (128, 192, 256, 384)),
 }
 PRECISION: Final = {"cpu": "fp32", "cuda": "fp16"}
@@ -142,7 +142,9 @@ def measure_processes(setting: Setting, point: Point, rounds: int) -> dict[str, 
 def _rank(rank: int, setting: Setting, point: Point, rounds: int, meeting: Path) -> None:
     on_gpu = setting.device.type == "cuda"
     device = torch.device("cuda", rank) if on_gpu else setting.device
-    if not on_gpu:
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
         torch.set_num_threads(1)
     method = f"file://{meeting / 'ranks'}"
     dist.init_process_group("nccl" if on_gpu else "gloo", init_method=method, rank=rank, world_size=_RANKS)
@@ -219,7 +221,7 @@ def main() -> None:
     result = {**describe(), "configuration": args.configuration, "curves": curves, "processes": processes}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print("\n\n".join(sections.scaling(result)))
+    print(sections.joined(sections.scaling(result)))
 
 
 if __name__ == "__main__":

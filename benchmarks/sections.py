@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +29,21 @@ _RUNTIMES: Final = {
 }
 # Numbers of ranks for which the measured times are extrapolated.
 _RANKS: Final = (1, 2, 4, 8, 16, 64)
+
+
+def joined(parts: Iterable[str]) -> str:
+    """Return paragraphs, lists, tables and headings as one text, its prose wrapped."""
+    return "\n\n".join(_wrapped(part.strip()) for part in parts) + "\n"
+
+
+def _wrapped(part: str) -> str:
+    if part.startswith(("#", "|", "!")):
+        return part
+    indent = "  " if part.startswith("- ") else ""
+    return "\n".join(
+        textwrap.fill(line, 120, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+        for line in part.splitlines()
+    )
 
 
 def title(configuration: str) -> str:
@@ -70,8 +87,7 @@ def loss_step(content: Content, picture: str | None = None) -> list[str]:
             label(row),
             _time(row),
             f"{row['images_per_s']:.3g}",
-            f"{row['times_eager']:.2f}x",
-            f"{row['times_compile']:.2f}x" if row["times_compile"] else "",
+            *(f"{row[name]:.2f}x" if row[name] else "" for name in ("times_eager", "times_compile")),
             f"{row['of_ceiling']:.0%}" if "of_ceiling" in row else "",
             _mebibytes(row),
             " / ".join(f"{row['gradient_error'][decibels]:.1e}" for decibels in distances),
@@ -91,10 +107,10 @@ def loss_step(content: Content, picture: str | None = None) -> list[str]:
 
 
 def shown_rows(content: Content) -> list[Row]:
-    """Return the rows that were run, of the batch size that the targets are for, or the largest."""
+    """Return the rows that were run, of the batch size that the targets are for, or else of the largest."""
     run = [row for row in content["rows"] if "not_run" not in row]
-    targets = _targets(content)
-    batch_size = targets.batch_size if targets else max(row["batch_size"] for row in run)
+    targets, sizes = _targets(content), {row["batch_size"] for row in run}
+    batch_size = targets.batch_size if targets and targets.batch_size in sizes else max(sizes)
     return [row for row in run if row["batch_size"] == batch_size]
 
 
@@ -135,6 +151,8 @@ def _held_against_targets(content: Content, rows: list[Row]) -> list[str]:
     targets = _targets(content)
     if targets is None:
         return []
+    if rows[0]["batch_size"] != targets.batch_size:
+        return [f"What was aimed at is for batch {targets.batch_size}, which was not run."]
     lines = []
     for target in targets.targets:
         value = target.measured(rows)
@@ -152,10 +170,9 @@ def hot_spots(content: Content) -> list[str]:
     header = ["", "ms", "convolutions' share", "their GFLOP/s", "of ceiling", "the whole over them"]
     lines = []
     for row in content["rows"]:
-        speed = row["convolution_flops"] / row["convolution_ms"] * 1e3
-        ceiling = content["ceilings"][row["precision"].removesuffix(" autocast")]
-        share = row["convolution_ms"] / row["ms"]
-        cells = (f"{row['ms']:.4g}", f"{share:.0%}", f"{speed / 1e9:.0f}", f"{speed / ceiling:.0%}", f"{1 / share:.2f}")
+        speed, share = row["convolution_flops"] / row["convolution_ms"] * 1e3, row["convolution_ms"] / row["ms"]
+        of_ceiling = f"{speed / row['ceiling_flops_per_s']:.0%}"
+        cells = (f"{row['ms']:.4g}", f"{share:.0%}", f"{speed / 1e9:.0f}", of_ceiling, f"{1 / share:.2f}")
         lines.append([f"{row['way']}, {row['precision']}", *cells])
     return [
         f"Where the time of a step goes, in a profile; {_machine(content)}; "
@@ -168,7 +185,7 @@ def hot_spots(content: Content) -> list[str]:
 # A training step
 
 
-def train_step(content: Content) -> list[str]:
+def train_step(content: Content, picture: str | None = None) -> list[str]:
     """Lay out what each loss adds to a training step."""
     lines = []
     for row in content["rows"]:
@@ -185,6 +202,7 @@ def train_step(content: Content) -> list[str]:
         f"pixels, with the UNet of {title(content['configuration'])}; medians and quartiles; {_machine(content)}; "
         "`python benchmarks/train_step.py`.",
         markdown_table(["loss beside the pixel loss", "ms", "images/s", "the loss's share", "MiB"], lines),
+        *_picture("Time of a training step with each loss", picture),
     ]
 
 

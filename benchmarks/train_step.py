@@ -105,7 +105,7 @@ def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
             steps[row], memory[row] = build(functools.partial(setting.step, row), setting.device)
         # Whatever it is, it must not lose the other rows.
         except Exception as error:
-            not_run[row] = reason(error)
+            not_run[row] = reason(error, setting.folder)
     timings = interleaved(steps, rounds, setting.device)
     rows: list[dict[str, Any]] = []
     for row in setting.losses():
@@ -152,7 +152,7 @@ def main() -> None:
     }
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print("\n\n".join(sections.train_step(result)))
+    print(sections.joined(sections.train_step(result)))
 
 
 if __name__ == "__main__":

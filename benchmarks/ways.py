@@ -37,7 +37,11 @@ DTYPES: Final = {
     "bf16": torch.bfloat16,
     AUTOCAST: torch.float32,
 }
+# Of the factors of products.
+PRODUCTS: Final = DTYPES | {AUTOCAST: torch.bfloat16}
 _BACKENDS: Final = ("tensorrt", "tensorrt-rtx", "onnxruntime", "inductor", "torch")
+# Side of images, in pixels.
+_SMALL: Final = 64
 # What a user's GradScaler begins with: without it the cotangents of a mean would be flushed to zero in fp16.
 _SCALE: Final = 2.0**16
 
@@ -64,15 +68,19 @@ class Setting:
     batch_size: int
     device: torch.device
 
+    @property
+    def side(self) -> int:
+        """Of the images, in pixels: the architecture's own."""
+        return int(CONFIGURATIONS[self.configuration]["sample_size"])
+
     def tapped(self, dtype: torch.dtype) -> TappedUNet:
         return load_tapped(self.folder, self.configuration, dtype, self.device)
 
 
 def make_images(setting: Setting, count: int, decibels: float) -> Images:
     """Draw images of the architecture's own size, at as many timesteps, restored to so many dB."""
-    side = int(CONFIGURATIONS[setting.configuration]["sample_size"])
     timesteps = torch.linspace(10, 900, count).round().long()
-    probe = Probe.make(3, (side, side), timesteps, [decibels] * count)
+    probe = Probe.make(3, (setting.side, setting.side), timesteps, [decibels] * count)
     restored, target, noise = (
         image.to(setting.device, torch.float32) for image in (probe.restored, probe.target, probe.noise)
     )
@@ -92,6 +100,11 @@ class Way:
     def name(self) -> str:
         return f"{self.way}, {self.precision}, {self.terms}"
 
+    @property
+    def product(self) -> str:
+        """The name of the matrix product that limits it."""
+        return f"product, {self.precision}"
+
     def step(self, setting: Setting) -> Step:
         """Return the step; raises BackendUnavailableError if it cannot be run here."""
         allow_tf32(self.precision == "tf32")
@@ -104,14 +117,15 @@ class Way:
         return run
 
 
-def ways(device: torch.device, precisions: Sequence[str]) -> list[Way]:
-    """Return everything that is to be compared on `device`, ours and PyTorch's in `precisions`, the baseline first."""
-    on_gpu = device.type == "cuda"
+def ways(setting: Setting, precisions: Sequence[str]) -> list[Way]:
+    """Return everything that is to be compared, ours and PyTorch's in `precisions`, the baseline first."""
+    on_gpu = setting.device.type == "cuda"
     full = ("fp32", "tf32") if on_gpu else ("fp32",)
     half = [precision for precision in precisions if precision != "fp32"]
     found = [Way(EAGER, precision, "both", _eager) for precision in (*full, *half, AUTOCAST)]
     found += [Way(AS_AUTHORS, precision, "both", _as_authors) for precision in full]
-    found += [Way(COMPILE, precision, "both", _compiled) for precision in (*full, *half)]
+    # It takes minutes, so in fp32 only where there is nothing faster.
+    found += [Way(COMPILE, precision, "both", _compiled) for precision in (half or full)]
     found += [Way("Torch-TensorRT forward", precision, "both", _torch_tensorrt) for precision in half]
     for precision in precisions:
         for backend in ("tensorrt", "tensorrt-rtx", "onnxruntime"):
@@ -124,7 +138,8 @@ def ways(device: torch.device, precisions: Sequence[str]) -> list[Way]:
                 # On a CPU PyTorch runs a bundle in fp32, whatever its precision.
                 if on_gpu or backend != "torch" or precision == "fp32":
                     found.append(Way(f"{OURS}{backend}", precision, terms, functools.partial(_ours, backend=backend)))
-                if on_gpu:
+                # For large images launching takes no time that would count.
+                if on_gpu and setting.side <= _SMALL:
                     make = functools.partial(_ours, backend=backend, cuda_graph=True)
                     found.append(Way(f"{OURS}{backend} in a CUDA graph", precision, terms, make))
     return sorted(found, key=lambda way: way.terms)
@@ -202,7 +217,10 @@ def _as_authors(setting: Setting, way: Way) -> Step:
 def _compiled(setting: Setting, way: Way) -> Step:
     # With CUDA graphs. On a CPU there are none, and trying out kernels for matrix products finds nothing better.
     mode = "max-autotune" if setting.device.type == "cuda" else None
-    total = torch.compile(_objective(_tapped(setting, way), way), fullgraph=True, dynamic=False, mode=mode)
+    tapped = _tapped(setting, way)
+    # Made within a CUDA graph, what the schedule keeps would lie in memory that the graph uses again.
+    tapped.schedule.tables(setting.device, torch.float32)
+    total = torch.compile(_objective(tapped, way), fullgraph=True, dynamic=False, mode=mode)
     return _differentiated(total, _scale(way))
 
 

@@ -64,7 +64,7 @@ def test_eager_steps_are_right_and_half_precision_is_not(tmp_path: Path) -> None
     errors = {}
     for terms in ("both", "semantic"):
         expected = expected_gradients(setting, terms)[30]
-        for way in ways(CPU, ("fp32", "bf16")):
+        for way in ways(setting, ("fp32", "bf16")):
             if way.way.startswith(EAGER) and way.terms == terms:
                 found = way.step(setting)(make_images(setting, 4, 30))
                 errors[way.name] = float((found - expected).norm() / expected.norm())
