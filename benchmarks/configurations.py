@@ -50,6 +50,15 @@ CONFIGURATIONS: Final[dict[str, dict[str, Any]]] = {
         "attention_head_dim": 64,
         "attn_norm_num_groups": 32,
     },
+    # To see a script run.
+    "tiny": _DDPM
+    | {
+        "sample_size": 16,
+        "layers_per_block": 1,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    },
 }
 
 
@@ -64,5 +73,9 @@ def make_model(name: str) -> LoadedModel:
             parameter.data += 0.1 * torch.randn_like(parameter)
         elif not parameter.any():
             nn.init.normal_(parameter, std=0.05)
-    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    return LoadedModel(unet.eval().requires_grad_(False), NoiseSchedule(torch.cumprod(1 - betas, 0)), name, ())
+    return LoadedModel(unet.eval().requires_grad_(False), make_schedule(), name, ())
+
+
+def make_schedule() -> NoiseSchedule:
+    """Return the linear schedule of 1000 steps that all of them were published with."""
+    return NoiseSchedule(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0))

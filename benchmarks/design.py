@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_file
+from timing import interleaved
 from torch import Tensor
 
 from diffloss_engine.ort_session import OrtSession
@@ -47,15 +47,9 @@ Function = Callable[[Tensors, Tensors, Tensors], tuple[Tensor, ...]]
 
 def _medians(steps: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
     """Return each step's median time in seconds."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: timing.median for name, timing in interleaved(steps, rounds, _CPU).items()}
 
 
 def _session(folder: Path, name: str, function: Function, inputs: Tensors, weights: Tensors) -> Callable[[], object]:

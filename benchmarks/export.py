@@ -1,23 +1,24 @@
-"""Time and memory of an export, and of a build, by stage: `python benchmarks/export.py adm256 --precision fp16`.
+"""Time and memory of exports, and of builds, by stage, over the size of the model: `python benchmarks/export.py`.
 
-The bundle of a public architecture with random weights is written, replayed and thrown away.
+The bundle of each public architecture, with random weights, is written, replayed and thrown away, in a process of its
+own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import sections
 import torch
 from configurations import CONFIGURATIONS, make_model
-from machine import describe, forget_peak_memory, peak_memory
-from rich.console import Console
-from rich.table import Table
+from machine import alone, describe, forget_peak_memory, peak_memory
 
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.plan_cache import PlanCache
@@ -27,7 +28,7 @@ from diffloss_export.pipeline import export_bundle
 from diffloss_trt.loss import choose_device
 
 # How the stages of the export itself begin; the others compare it with float64.
-_EXPORT = ("writing", "exporting")
+_EXPORT: Final = ("writing", "exporting")
 
 
 class Stages:
@@ -56,59 +57,43 @@ class Stages:
             }
 
 
-def main() -> None:
-    """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("configuration", choices=CONFIGURATIONS)
-    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--build", choices=(*FLAVOURS, "inductor"), help="build the graphs too, with this backend")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the result")
-    args = parser.parse_args()
-
+def measure(configuration: str, precision: str, batch_size: int, backend: str | None) -> dict[str, Any]:
+    """Export an architecture, build its graphs with `backend` if there is one, and return what each stage took."""
     stages = Stages()
-    stages.begin("drawing weights")
-    model = make_model(args.configuration)
+    stages.begin(f"drawing the weights of {configuration}")
+    model = make_model(configuration)
     parameters = sum(parameter.numel() for parameter in model.unet.parameters())
     with tempfile.TemporaryDirectory() as folder:
         bundle, report = export_bundle(
-            model,
-            Path(folder) / "bundle",
-            batch_size=args.batch_size,
-            precision=args.precision,
-            on_stage=stages.begin,
+            model, Path(folder) / "bundle", batch_size=batch_size, precision=precision, on_stage=stages.begin
         )
         stages.end()
         bundle_bytes = sum(entry.bytes for entry in bundle.files.values())
         whole = stages.rows[1:]
         del model
-        plans = _build(args.build, bundle, Path(folder) / "plans", stages.begin) if args.build else []
+        plans = _build(backend, bundle, Path(folder) / "plans", stages.begin) if backend else []
         stages.end()
     builds = stages.rows[1 + len(whole) :]
-    export = [row for row in whole if row["stage"].startswith(_EXPORT)]
-    result = {
-        **describe(),
-        "configuration": args.configuration,
+    return {
+        "configuration": configuration,
         "parameters": parameters,
-        "precision": args.precision,
-        "batch_size": args.batch_size,
+        "precision": precision,
+        "batch_size": batch_size,
         "bundle_bytes": bundle_bytes,
         "nodes": {name: graph.nodes for name, graph in bundle.graphs.items()},
         "worst": f"{report.worst.check}, {report.worst.quantity}: {report.worst.error:.2g}",
         "stages": whole,
-        "export": _total(export),
+        "export": _total([row for row in whole if row["stage"].startswith(_EXPORT)]),
         "export_and_replay": _total(whole),
-        "build": {"backend": args.build, "stages": builds, "bytes": {plan.graph: plan.bytes for plan in plans}},
+        "build": {
+            "backend": backend,
+            "stages": builds,
+            "bytes": {plan.graph: plan.bytes for plan in plans},
+            **_total(builds),
+        }
+        if backend
+        else None,
     }
-    table = Table(
-        "stage", "s", "peak GiB", title=f"{args.configuration}, {args.precision}, {torch.get_num_threads()} threads"
-    )
-    totals = [{"stage": "export"} | _total(export), {"stage": "export and replay"} | _total(whole)]
-    for row in [*whole, *totals, *builds]:
-        table.add_row(row["stage"], f"{row['seconds']:.1f}", f"{row['peak_memory_bytes'] / 2**30:.2f}")
-    Console().print(table)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _build(backend: str, bundle: Bundle, folder: Path, on_stage: Callable[[str], None]) -> list[BuiltPlan]:
@@ -123,6 +108,26 @@ def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
     }
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("configurations", nargs="*", default=["cifar10", "celebahq256"], help="also adm256, 10 minutes")
+    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp16")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--build", choices=(*FLAVOURS, "inductor"), help="build the graphs too, with this backend")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the result")
+    args = parser.parse_args()
+    if unknown := set(args.configurations) - set(CONFIGURATIONS):
+        parser.error(f"there is no {', '.join(unknown)}; there is {', '.join(CONFIGURATIONS)}")
+    torch.set_num_threads(args.threads)
+    exports = [alone(measure, name, args.precision, args.batch_size, args.build) for name in args.configurations]
+    result = {**describe(), "exports": exports}
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(sections.joined([*sections.exports(result), sections.export_stages(result)]))
 
 
 if __name__ == "__main__":

@@ -1,272 +1,198 @@
 """What a step of the loss costs, beside its accuracy: `python benchmarks/loss_step.py cifar10 --json FILE`.
 
-A step is the value and the gradient with respect to the restored images. Every row runs in turn in each round; medians
-are compared with eager PyTorch in float32 in the same run. The gradient's error is against float64 eager PyTorch, for
-restored images at 30 dB. Peak memory is that of a process of its own, weights included, less what it held before.
+A step is the value and the gradient with respect to the restored images. On a CPU every row runs in turn in each round,
+and so do products of large matrices, the ceiling; on a GPU, which does not hold all rows, each row and its product. The
+gradient's error is that of the worst of four timesteps, against float64, for restored images at 20, 30 and 40 dB.
+Arithmetic is what a step has to do, as PyTorch counts it: two passes forward and one back to the images. Each batch
+size has a process of its own; for memory see `machine.build`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
 import json
 import os
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import sections
 import torch
-from configurations import CONFIGURATIONS, make_model
-from machine import describe, forget_peak_memory, peak_memory
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from bundles import workplace
+from configurations import CONFIGURATIONS
+from machine import alone, build, describe, large_product, reason
+from targets import COMPILE, EAGER, Row
+from timing import interleaved
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from ways import PRODUCTS, TERMS, Images, Setting, Step, Way, make_images, of_loss, ways
 
-from diffloss_engine.bundle import Bundle
-from diffloss_export.pipeline import export_bundle
 from diffloss_trt import DiffLoss
-from diffloss_trt.contract import SCHEDULE
-from diffloss_trt.gradient import trace_gradient
-from diffloss_trt.objective import combine, mean_square
-from diffloss_trt.probe import Probe
-from diffloss_trt.schedule import NoiseSchedule
-from diffloss_trt.unet import TappedUNet, reload_unet
+from diffloss_trt.loss import choose_device
+from diffloss_trt.probe import worst_ratio
 
-DECIBELS = 30.0
-WEIGHTS = (1.0, 1.0)
-_CPU = torch.device("cpu")
-
-Step = Callable[[], Tensor]
+DISTANCES: Final = (20, 30, 40)  # dB
+TIMED_AT: Final = 30
+_PLACES: Final = 4  # timesteps at which errors are taken
+PRECISIONS: Final = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "fp16", "bf16")}
+ROUNDS: Final = {"cpu": 9, "cuda": 20}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What every row computes on."""
-
-    bundle: Bundle
-    bundle_bf16: Bundle
-    probe: Probe
-
-    def tapped(self, dtype: torch.dtype) -> TappedUNet:
-        schedule = NoiseSchedule.from_json(self.bundle.read_json(SCHEDULE))
-        return TappedUNet(reload_unet(self.bundle, dtype, _CPU), schedule)
-
-    def images(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-        return self.probe.restored.to(dtype), self.probe.target.to(dtype), self.probe.noise.to(dtype)
+def _part(images: Images, rows: Sequence[int]) -> Images:
+    index = torch.tensor(rows, device=images.timesteps.device)
+    return Images(*(tensor[index] for tensor in (images.restored, images.target, images.noise, images.timesteps)))
 
 
-def _of_loss(loss: DiffLoss, setting: Setting, dtype: torch.dtype = torch.float32) -> Step:
-    restored, target, noise = setting.images(dtype)
-
-    def step() -> Tensor:
-        leaf = restored.detach().requires_grad_()
-        total = loss(leaf, target, timesteps=setting.probe.timesteps, noise=noise)
-        (gradient,) = torch.autograd.grad(total.sum(), leaf)
-        return gradient
-
-    return step
+def _gradients(step: Step, images: Images, batch_size: int) -> Tensor:
+    """Return the gradient at all images in float64, [N, 3, H, W], taken so many at a time; the last are repeated."""
+    count = len(images.timesteps)
+    rows = [row % count for row in range(-(-count // batch_size) * batch_size)]
+    parts = [step(_part(images, rows[at : at + batch_size])).double() for at in range(0, len(rows), batch_size)]
+    return torch.cat(parts)[:count]
 
 
-def _plain_step(
-    tapped: TappedUNet,
-    setting: Setting,
-    weights: tuple[float, float],
-    *,
-    autocast: bool = False,
-    compiled: bool = False,
-) -> Step:
-    """The formula as a user would write it: target without gradient, frozen weights, PyTorch's own tape."""
-    restored, target, noise = setting.images()
-    timesteps = setting.probe.timesteps
-
-    def features(noisy: Tensor) -> tuple[Tensor, Tensor | None]:
-        encoded = tapped.encode(noisy, timesteps)
-        return encoded.bottleneck, tapped.decode(encoded) if weights[0] else None
-
-    run = torch.compile(features) if compiled else features
-
-    def step() -> Tensor:
-        leaf = restored.detach().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            with torch.no_grad():
-                h_x, e_x = run(tapped.schedule.add_noise(target, noise, timesteps))
-            h_z, e_z = run(tapped.schedule.add_noise(leaf, noise, timesteps))
-        semantic = mean_square(h_z - h_x)
-        naturalness = torch.zeros_like(semantic) if e_z is None or e_x is None else mean_square(e_z - e_x)
-        (gradient,) = torch.autograd.grad(combine(naturalness, semantic, *weights).sum(), leaf)
-        return gradient
-
-    return step
-
-
-def _ours(bundle: Bundle, backend: str, setting: Setting, weights: tuple[float, float]) -> Step:
-    loss = DiffLoss.load(
-        bundle.path,
-        backend,
-        "cpu",
-        naturalness_weight=weights[0],
-        semantic_weight=weights[1],
-        backward="fused",
-        reduction="none",
-        value_range=(-1.0, 1.0),
-    )
-    return _of_loss(loss, setting)
-
-
-def _program(setting: Setting, dtype: torch.dtype) -> Step:
-    tapped = setting.tapped(dtype)
-    program = trace_gradient(tapped, setting.bundle.batch_size, setting.bundle.resolution, with_noise=True)
-    run = program.bind(tapped.unet.state_dict())
-    size = (setting.bundle.batch_size,)
-    inputs = (*setting.images(), setting.probe.timesteps.float(), *(torch.full(size, weight) for weight in WEIGHTS))
-
-    def step() -> Tensor:
-        with torch.no_grad():
-            gradient: Tensor = run(*inputs)[-1]
-            return gradient
-
-    return step
-
-
-_SEMANTIC = (0.0, 1.0)
-EAGER = "eager PyTorch, fp32"
-SEMANTIC = "semantic term alone: "
-ROWS: dict[str, Callable[[Setting], Step]] = {
-    EAGER: lambda setting: _plain_step(setting.tapped(torch.float32), setting, WEIGHTS),
-    "eager PyTorch, bf16 autocast": lambda setting: _plain_step(
-        setting.tapped(torch.float32), setting, WEIGHTS, autocast=True
-    ),
-    "torch.compile, fp32": lambda setting: _plain_step(setting.tapped(torch.float32), setting, WEIGHTS, compiled=True),
-    "diffloss-trt, ONNX Runtime, fp32": lambda setting: _ours(setting.bundle, "onnxruntime", setting, WEIGHTS),
-    "diffloss-trt, PyTorch, bf16": lambda setting: _program(setting, torch.bfloat16),
-    "diffloss-trt, inductor, bf16": lambda setting: _ours(setting.bundle_bf16, "inductor", setting, WEIGHTS),
-    f"{SEMANTIC}eager PyTorch, fp32": lambda setting: _plain_step(setting.tapped(torch.float32), setting, _SEMANTIC),
-    f"{SEMANTIC}diffloss-trt, ONNX Runtime, fp32": lambda setting: _ours(
-        setting.bundle, "onnxruntime", setting, _SEMANTIC
-    ),
-    f"{SEMANTIC}diffloss-trt, inductor, bf16": lambda setting: _ours(
-        setting.bundle_bf16, "inductor", setting, _SEMANTIC
-    ),
-}
-
-
-def _expected(setting: Setting, weights: tuple[float, float]) -> Tensor:
+def expected_gradients(setting: Setting, terms: str) -> dict[int, Tensor]:
+    """Return the gradient in float64 at each distance."""
     tapped = setting.tapped(torch.float64)
+    naturalness_weight, semantic_weight = TERMS[terms]
     loss = DiffLoss.from_unet(
         tapped.unet,
         tapped.schedule,
-        naturalness_weight=weights[0],
-        semantic_weight=weights[1],
+        naturalness_weight=naturalness_weight,
+        semantic_weight=semantic_weight,
         reduction="none",
         value_range=(-1.0, 1.0),
     )
-    return _of_loss(loss, setting, torch.float64)()
+    step = of_loss(loss)
+
+    def exact(images: Images) -> Tensor:
+        tensors = (images.restored.double(), images.target.double(), images.noise.double())
+        return step(Images(*tensors, images.timesteps))
+
+    # The activations of several large images may not fit on a GPU; a CPU gives each of its threads an image.
+    at_once = 1 if setting.device.type == "cuda" else _PLACES
+    return {decibels: _gradients(exact, make_images(setting, _PLACES, decibels), at_once) for decibels in DISTANCES}
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    """Return the worst sample's ||a - b|| / ||b||."""
-    a, b = found.double().flatten(1), expected.flatten(1)
-    return float(((a - b).norm(dim=1) / b.norm(dim=1)).max())
+def _errors(setting: Setting, step: Step, expected: Mapping[int, Tensor]) -> dict[str, float]:
+    """Return the worst sample's ||a - b|| / ||b|| at each distance."""
+    errors = {}
+    for decibels, b in expected.items():
+        a = _gradients(step, make_images(setting, _PLACES, decibels), setting.batch_size)
+        error = worst_ratio((a - b).flatten(1).norm(dim=1), b.flatten(1).norm(dim=1))
+        errors[str(decibels)] = float(f"{error:.2g}")
+    return errors
 
 
-def _peak_memory(path: Path, row: str) -> int:
-    """Run a row in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--peak-memory", row, str(path), "--threads", str(torch.get_num_threads())],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return int(done.stdout.splitlines()[-1])
+def _make(setting: Setting, way: Way) -> Callable[..., Tensor]:
+    """Return the step of a way, by default on the images that are timed."""
+    step, timed = way.step(setting), make_images(setting, setting.batch_size, TIMED_AT)
+
+    def run(images: Images = timed) -> Tensor:
+        return step(images)
+
+    return run
 
 
-def _print_peak_memory(setting: Setting, row: str) -> None:
-    held = forget_peak_memory()
-    step = ROWS[row](setting)
-    for _ in range(3):
-        step()
-    print(peak_memory() - held)
+def describe_work(setting: Setting) -> dict[str, Any]:
+    """Return the UNet's size, and the FLOP of a step of one image by terms."""
+    images = make_images(setting, 1, TIMED_AT)
+    counted = {}
+    for terms in TERMS:
+        step = next(way for way in ways(setting, ()) if way.way == EAGER and way.terms == terms).step(setting)
+        # Attention in one kernel is another operation on each device; in parts it is plain products.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            step(images)
+        counted[terms] = counter.get_total_flops()
+    parameters = sum(parameter.numel() for parameter in setting.tapped(torch.float32).parameters())
+    return {"parameters": parameters, "flops_an_image": counted}
 
 
-def _setting(path: Path) -> Setting:
-    bundle, bundle_bf16 = Bundle.open(path / "fp32"), Bundle.open(path / "bf16")
-    timesteps = torch.linspace(10, 900, bundle.batch_size).round().long()
-    return Setting(bundle, bundle_bf16, Probe.make(3, bundle.resolution, timesteps, [DECIBELS] * bundle.batch_size))
+def measure(setting: Setting, precisions: Sequence[str], rounds: int) -> list[Row]:
+    """Return a row for each way: what it takes and how wrong it is, or why it was not run."""
+    expected = {terms: expected_gradients(setting, terms) for terms in TERMS}
+    every = ways(setting, precisions)
+    if setting.device.type != "cuda":
+        rows = _measure_in_turn(setting, every, expected, rounds)
+    else:
+        # One GPU does not hold them all. Each takes turns with the matrix product alone, which shows a slower minute.
+        rows = []
+        for way in every:
+            rows += _measure_in_turn(setting, [way], expected, rounds)
+            gc.collect()
+            torch.compiler.reset()
+    _add_ratios(rows)
+    return rows
 
 
-def measure(path: Path, rounds: int) -> list[dict[str, Any]]:
-    """Return a row for each way to compute the step on the bundles below `path`, called fp32 and bf16."""
-    setting = _setting(path)
-    expected = {False: _expected(setting, WEIGHTS), True: _expected(setting, _SEMANTIC)}
-    steps, errors = {}, {}
-    for name in track(ROWS, "warming up"):
-        steps[name] = ROWS[name](setting)
-        errors[name] = _error(steps[name](), expected[name.startswith(SEMANTIC)])
-        steps[name]()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in track(range(rounds), "measuring"):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return [
-        {
-            "name": name,
-            "median_ms": round(medians[name], 1),
-            "spread_ms": [round(min(values), 1), round(max(values), 1)],
-            "speedup_vs_eager": round(medians[EAGER] / medians[name], 3),
-            "gradient_error": float(f"{errors[name]:.2g}"),
-            "peak_memory_bytes": _peak_memory(path, name),
-        }
-        for name, values in times.items()
-    ]
+def _measure_in_turn(
+    setting: Setting, every: Sequence[Way], expected: Mapping[str, Mapping[int, Tensor]], rounds: int
+) -> list[Row]:
+    steps: dict[str, Callable[[], object]] = {}
+    rows: dict[str, Row] = {}
+    products: dict[str, int] = {}
+    for way in every:
+        print(f"batch {setting.batch_size}: building {way.name} ...", flush=True)
+        row = {"way": way.way, "precision": way.precision, "terms": way.terms, "batch_size": setting.batch_size}
+        rows[way.name] = row
+        try:
+            step, row["peak_memory_bytes"] = build(functools.partial(_make, setting, way), setting.device)
+            row["gradient_error"] = _errors(setting, step, expected[way.terms])
+        # Whatever it is, it must not lose the other rows.
+        except Exception as error:
+            row["not_run"] = reason(error, setting.folder)
+            continue
+        steps[way.name] = step
+        steps[way.product], products[way.product] = large_product(PRODUCTS[way.precision], setting.device)
+    timings = interleaved(steps, rounds, setting.device)
+    for way in every:
+        row = rows[way.name]
+        if "not_run" not in row:
+            row |= timings[way.name].to_json()
+            row["images_per_s"] = float(f"{setting.batch_size / timings[way.name].median:.4g}")
+            row["ceiling_flops_per_s"] = float(f"{products[way.product] / timings[way.product].median:.4g}")
+    return list(rows.values())
+
+
+def _add_ratios(rows: Sequence[Row]) -> None:
+    run = [row for row in rows if "not_run" not in row]
+    eager = [row["median_ms"] for row in run if (row["way"], row["precision"], row["terms"]) == (EAGER, "fp32", "both")]
+    compiled = [row["median_ms"] for row in run if row["way"] == COMPILE]
+    for row in run:
+        for name, baseline in (("times_eager", eager), ("times_compile", compiled)):
+            row[name] = round(min(baseline) / row["median_ms"], 3) if baseline else None
 
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("configuration", help=f"one of {', '.join(CONFIGURATIONS)}")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    device = choose_device(None)
+    parser.add_argument("configuration", choices=CONFIGURATIONS)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4])
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "fp16", "bf16"), default=PRECISIONS[device.type])
+    parser.add_argument("--rounds", type=int, default=ROUNDS[device.type])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep bundles and what is compiled there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the result")
-    parser.add_argument("--peak-memory", metavar="ROW", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.peak_memory:
-        _print_peak_memory(_setting(Path(args.configuration)), args.peak_memory)
-        return
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        # What is compiled here nobody else wants.
-        os.environ["DIFFLOSS_CACHE"] = str(path / "plans")
-        for precision in ("fp32", "bf16"):
-            model = make_model(args.configuration)
-            export_bundle(model, path / precision, batch_size=args.batch_size, precision=precision, on_stage=print)
-        rows = measure(path, args.rounds)
-    result = {**describe(), "configuration": args.configuration, "batch_size": args.batch_size, "rows": rows}
-    table = Table(
-        "row", "ms", "times eager", "gradient error", "peak MiB", title=f"{result['device']}, batch {args.batch_size}"
-    )
+    with workplace(args.work) as folder:
+        work = alone(describe_work, Setting(folder, args.configuration, 1, device))
+        rows: list[Row] = []
+        for batch_size in args.batch_sizes:
+            setting = Setting(folder, args.configuration, batch_size, device)
+            rows += alone(measure, setting, args.precisions, args.rounds)
     for row in rows:
-        table.add_row(
-            row["name"],
-            f"{row['median_ms']:.0f}",
-            f"{row['speedup_vs_eager']:.2f}",
-            f"{row['gradient_error']:.1e}",
-            f"{row['peak_memory_bytes'] / 2**20:.0f}",
-        )
-    Console().print(table)
+        if "not_run" not in row:
+            achieved = work["flops_an_image"][row["terms"]] * row["images_per_s"]
+            row["of_ceiling"] = round(achieved / row["ceiling_flops_per_s"], 4)
+    result = {**describe(), "configuration": args.configuration, **work, "rows": rows}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(sections.joined(sections.loss_step(result)))
 
 
 if __name__ == "__main__":

@@ -210,9 +210,8 @@ class FusedEvaluator(_BundleEvaluator):
                 session = self._open(name)
             if self.cuda_graph:
                 session = GraphedSession(session)
-            if self.backend != "torch" or self.cuda_graph:
-                # A miscompiled engine must not train anyone's network.
-                check_session(session, name, self.bundle)
+            # A miscompiled engine must not train anyone's network, nor a UNet that is not the one that was exported.
+            check_session(session, name, self.bundle)
             self.sessions[name] = session
         return self.sessions[name]
 
@@ -292,3 +291,14 @@ class RecomputeEvaluator(_BundleEvaluator):
         self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
     ) -> Terms:
         return _recompute_terms(self._features, self.unet, restored, target, noise, timesteps, weights)
+
+
+def open_recomputing(bundle: Bundle, backend: str, device: torch.device) -> Evaluator:
+    """Return the evaluator of a bundle in which PyTorch makes the gradient; with "torch" it runs forward too.
+
+    Raises as `open_session` does, and BundleError for a UNet that cannot be reloaded.
+    """
+    if backend != "torch":
+        return RecomputeEvaluator(bundle, backend, device)
+    schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
+    return EagerEvaluator(TappedUNet(reload_unet(bundle, torch.float32, device), schedule), device)

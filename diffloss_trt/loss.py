@@ -15,13 +15,14 @@ from diffloss_engine.errors import BackendError, BackendUnavailableError, InputE
 from diffloss_engine.inductor import has_bfloat16
 from diffloss_engine.tensors import concrete_device
 from diffloss_trt.compiled import compiled_terms, register
-from diffloss_trt.contract import GRADIENT, SCHEDULE, SEMANTIC_GRADIENT
+from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
 from diffloss_trt.draws import Draws
-from diffloss_trt.evaluators import EagerEvaluator, Evaluator, FusedEvaluator, RecomputeEvaluator, gradient_graph
+from diffloss_trt.evaluators import EagerEvaluator, Evaluator, FusedEvaluator, gradient_graph, open_recomputing
 from diffloss_trt.inputs import check_images, check_noise, check_settings, check_timesteps
 from diffloss_trt.objective import Terms, wide
+from diffloss_trt.probe import check_evaluator
 from diffloss_trt.schedule import NoiseSchedule
-from diffloss_trt.unet import TappedUNet, reload_unet
+from diffloss_trt.unet import TappedUNet
 
 logger = logging.getLogger(__name__)
 
@@ -344,10 +345,9 @@ def _open(bundle: Bundle, backend: str, device: torch.device, wanted: _Wanted) -
         return evaluator
     if backend == "inductor":
         raise BackendUnavailableError("inductor compiles gradient graphs, and these alone: load with backward='fused'")
-    if backend == "torch":
-        schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
-        return EagerEvaluator(TappedUNet(reload_unet(bundle, torch.float32, device), schedule), device)
-    return RecomputeEvaluator(bundle, backend, device)
+    recomputing = open_recomputing(bundle, backend, device)
+    check_evaluator(recomputing, bundle)
+    return recomputing
 
 
 def _fastest_first(bundle: Bundle, device: torch.device, fused: bool) -> tuple[str, ...]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import BundleError, ParityError
+from diffloss_engine.errors import BundleError, DiffLossError, ParityError
 from diffloss_engine.session import Session
+from diffloss_engine.tensor_files import load_tensors, save_tensors
 from diffloss_trt.contract import (
     GRADIENT,
     NATURALNESS,
@@ -21,7 +22,10 @@ from diffloss_trt.contract import (
     SEMANTIC_GRADIENT,
 )
 from diffloss_trt.gradient import run_gradient_graph
-from diffloss_trt.tolerances import DIFFERENCE, Tolerance
+from diffloss_trt.tolerances import DIFFERENCE, PLAIN, PLAIN_DB, Tolerance
+
+if TYPE_CHECKING:
+    from diffloss_trt.evaluators import Evaluator
 
 # The weights of naturalness and semantic with which each gradient graph is compared: balanced, so that an error in
 # either term shows in the gradient.
@@ -120,13 +124,11 @@ def worst_ratio(error: Tensor, size: Tensor) -> float:
 
 def record(path: Path, probe: Probe, expected: Mapping[str, Result]) -> None:
     """Write a probe, and what each gradient graph should return on it with `CHECK_WEIGHTS`, as a safetensors file."""
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = asdict(probe)
     for graph, result in expected.items():
         tensors |= {f"{graph}.{name}": tensor for name, tensor in asdict(result).items() if tensor is not None}
     # In float32: probes hold no more, and results are compared less exactly than that.
-    save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, path)
+    save_tensors({name: tensor.float() for name, tensor in tensors.items()}, path)
 
 
 def recorded(bundle: Bundle) -> tuple[Probe, dict[str, Result]] | None:
@@ -136,25 +138,23 @@ def recorded(bundle: Bundle) -> tuple[Probe, dict[str, Result]] | None:
     """
     if REFERENCE not in bundle.files:
         return None
-    from safetensors.torch import load_file
-
     path = bundle.file(REFERENCE)
+    tensors = {name: tensor.double() for name, tensor in load_tensors(path).items()}
     try:
-        tensors = {name: tensor.double() for name, tensor in load_file(path).items()}
         probe = Probe(*(tensors[name] for name in ("target", "restored", "noise", "timesteps")))
         expected = {
             graph: Result(
-                tensors.get(f"{graph}.{NATURALNESS}"), tensors[f"{graph}.{SEMANTIC}"], tensors[f"{graph}.{GRADIENT}"]
+                tensors[f"{graph}.{NATURALNESS}"] if naturalness else None,
+                tensors[f"{graph}.{SEMANTIC}"],
+                tensors[f"{graph}.{GRADIENT}"],
             )
-            for graph in CHECK_WEIGHTS
-            if graph in bundle.graphs
+            for graph, (naturalness, _) in CHECK_WEIGHTS.items()
         }
-    # safetensors has an error class of its own, which derives from Exception alone.
-    except Exception as error:
-        raise BundleError(f"{path} does not hold reference values: {error}") from error
+    except KeyError as error:
+        raise BundleError(f"{path} does not hold reference values: it has no {error}") from error
     images = [probe.target, probe.restored, probe.noise, *(result.gradient for result in expected.values())]
     numbers = [probe.timesteps, *(result.semantic for result in expected.values())]
-    sizes, counts = {tuple(image.shape[2:]) for image in images}, {len(tensor) for tensor in (*images, *numbers)}
+    sizes, counts = {tuple(image.shape[2:]) for image in images}, {tensor.shape[:1] for tensor in (*images, *numbers)}
     if sizes != {bundle.resolution} or len(counts) != 1:
         raise BundleError(f"{path} does not hold reference values for images of {bundle.resolution}")
     return probe, expected
@@ -167,9 +167,67 @@ def check_session(session: Session, graph: str, bundle: Bundle) -> None:
         return
     probe, expected = found
     result = run_gradient(session, probe, CHECK_WEIGHTS[graph])
-    for quantity, error, tolerance in deviations(result, expected[graph], DIFFERENCE[bundle.precision]):
+    tolerance = DIFFERENCE[_held_to(session, bundle)]
+    _expect_within(
+        f"{session.backend} on {session.device} computes the {graph} graph", result, expected[graph], tolerance
+    )
+
+
+def check_evaluator(evaluator: Evaluator, bundle: Bundle) -> None:
+    """Raise ParityError unless loss and gradient in plain form are what the bundle has recorded, if it has.
+
+    That is compared where the plain form can be held to something. Raises BundleError if the UNet of the bundle cannot
+    be run at all.
+    """
+    found = recorded(bundle)
+    if found is None:
+        return
+    probe, expected = found
+    tolerance = PLAIN[_held_to(evaluator, bundle)]
+    last = len(evaluator.schedule) - 1
+    places = {round(place * last) for place in tolerance.places}
+    distances = (probe.restored - probe.target).square().flatten(1).mean(1)
+    # One restored image is drawn at PLAIN_DB; of its noise, the mean square is not exactly what was asked for.
+    near = 0.5 * 4 * 10 ** (-PLAIN_DB / 10)
+    rows = [
+        row
+        for row, (timestep, distance) in enumerate(zip(probe.timesteps.tolist(), distances.tolist(), strict=True))
+        if timestep in places and distance > near
+    ]
+    if not rows:
+        return
+    probe, expected_there = probe.part(rows), expected[GRADIENT].part(rows)
+    restored, target, noise = (
+        x.to(evaluator.device, torch.float32) for x in (probe.restored, probe.target, probe.noise)
+    )
+    timesteps = probe.timesteps.long().to(evaluator.device)
+    try:
+        with torch.enable_grad():
+            restored.requires_grad_()
+            terms = evaluator.terms(restored, target, noise, timesteps, CHECK_WEIGHTS[GRADIENT])
+            (gradient,) = torch.autograd.grad(terms.total.sum(), restored)
+    except (DiffLossError, torch.OutOfMemoryError):
+        raise
+    # A configuration may say anything, and diffusers looks at most of it only when it computes.
+    except Exception as error:
+        raise BundleError(f"{bundle.path}: its UNet cannot be run: {error}") from error
+    result = Result(*(x.detach().cpu().double() for x in (terms.naturalness, terms.semantic, gradient)))
+    what = f"{evaluator.backend} on {evaluator.device} computes the loss"
+    _expect_within(what, result, expected_there, tolerance)
+
+
+def _held_to(runs: Session | Evaluator, bundle: Bundle) -> str:
+    """Return the precision whose tolerances hold."""
+    if runs.backend != "torch":
+        return bundle.precision
+    # PyTorch widens the weights on a CPU; on a GPU it multiplies float32 with the mantissa of fp16, unless told not to.
+    return "fp32" if runs.device.type == "cpu" else ("bf16" if bundle.precision == "bf16" else "fp16")
+
+
+def _expect_within(what: str, found: Result, expected: Result, allowed: Tolerance) -> None:
+    for quantity, error, tolerance in deviations(found, expected, allowed):
         if not error <= tolerance:  # nor if it is not a number
             raise ParityError(
-                f"{session.backend} on {session.device} computes the {graph} graph wrongly: on the images that the "
-                f"bundle carries for this check, {quantity} is off by {error:.2g}, and {tolerance:.2g} is allowed"
+                f"{what} wrongly: on the images that the bundle carries for this check, "
+                f"{quantity} is off by {error:.2g}, and {tolerance:.2g} is allowed"
             )

@@ -161,19 +161,21 @@ def check_unet(unet: Any) -> None:
 
 def reload_unet(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Any:
     """Make the `diffusers.UNet2DModel` of a bundle; `BundleError` if its weights do not fit its configuration."""
-    from safetensors.torch import load_file
-
     from diffloss_engine.errors import BundleError
+    from diffloss_engine.tensor_files import load_tensors
     from diffloss_trt.contract import UNET_CONFIG, UNET_WEIGHTS
 
     config = bundle.read_json(UNET_CONFIG)
-    weights = load_file(bundle.file(UNET_WEIGHTS))
+    weights = load_tensors(bundle.file(UNET_WEIGHTS))
     try:
         unet = build_unet(config)
         unet.load_state_dict(
             {key: weight.to(device, dtype) for key, weight in weights.items()}, strict=True, assign=True
         )
-    except (RuntimeError, TypeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    # A constructor fed with wrong values raises anything.
+    except Exception as error:
         first = str(error).strip().splitlines()
         raise BundleError(
             f"{bundle.path}: the UNet's weights do not fit its configuration: {' '.join(first[:2])}"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _OWN = "diffloss"
 _HEADS, _SINUSOID = "attention_heads", "timestep_channels"
+_MOST_LEVELS, _MOST = 16, {"layers_per_block": 64, "block_out_channels": 65_536}
 
 
 def describe_unet(unet: UNet2DModel) -> dict[str, Any]:
@@ -48,6 +49,12 @@ def build_unet(config: dict[str, Any]) -> UNet2DModel:
     own = config.get(_OWN, {})
     if not isinstance(own, dict) or set(own) - {_HEADS, _SINUSOID} or not isinstance(own.get(_HEADS, {}), dict):
         raise ValueError(f"{_OWN!r} must be an object with {_HEADS!r}, an object, or {_SINUSOID!r} in it, not {own!r}")
+    for name in ("layers_per_block", "block_out_channels"):
+        # A slip here would be built for hours.
+        numbers = config.get(name, 1)
+        numbers = numbers if isinstance(numbers, list | tuple) else [numbers]
+        if len(numbers) > _MOST_LEVELS or any(type(number) is not int or number > _MOST[name] for number in numbers):
+            raise ValueError(f"{name} is {config[name]!r}, expected at most {_MOST_LEVELS} numbers up to {_MOST[name]}")
     with torch.device("meta"):
         unet: UNet2DModel = UNet2DModel.from_config({key: value for key, value in config.items() if key != _OWN})
         if _SINUSOID in own:

@@ -11,12 +11,22 @@ import torch
 # No test may depend on a network: huggingface_hub reads this when it is first imported, and then refuses at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# The tensors here are small: beyond a few threads, handing out the work costs more than the work.
-torch.set_num_threads(min(4, torch.get_num_threads()))
+# Each process of a parallel run has its share of the cores, and so have the commands that it starts. The tensors here
+# are small: beyond a few threads, handing out the work costs more than the work.
+_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, min(4, torch.get_num_threads() // _PROCESSES)))
+if _PROCESSES > 1:
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 # No deadline: a first call traces or compiles. Derandomised: a failure is seen by everybody or by nobody.
 hypothesis.settings.register_profile("diffloss", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("diffloss")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return how many processes `-n auto` means: a GPU's memory is measured by one alone."""
+    return 0 if "gpu" in config.option.markexpr.replace("not gpu", "") else min(4, os.cpu_count() or 1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

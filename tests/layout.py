@@ -11,4 +11,15 @@ SOURCES = {
     "diffloss_export": ROOT / "export" / "diffloss_export",
 }
 # Missing from many installations, or slow to import: imported where they are used, never at a module's top level.
-LATE = ("diffusers", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pycuda", "tensorrt", "tensorrt_rtx")
+LATE = (
+    "accelerate",
+    "diffusers",
+    "lightning",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "pycuda",
+    "tensorrt",
+    "tensorrt_rtx",
+)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+# Characters that are kept at either end of a message: what it names, or a library says in it, may be of any length.
+_KEPT = 2000
+
 
 class DiffLossError(Exception):
-    """Root of all errors of this project; catching it catches nothing else."""
+    """Root of all errors of this project; catching it catches nothing else. Its message is one line."""
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+        super().__init__(line if len(line) <= 2 * _KEPT else f"{line[:_KEPT]} [...] {line[-_KEPT:]}")
 
 
 class InputError(DiffLossError, ValueError):

@@ -24,6 +24,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 # also the "*" of ONNX Runtime's "*/_ORT_MEM_ADDR_/*", which as a weight file's name reads from a memory address.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
+# Memory is asked for by these numbers before anything else could tell that they are not meant.
+_LONGEST_SIDE, _LARGEST_BATCH = 16_384, 4_096
+
 
 class FileEntry(NamedTuple):
     """SHA-256 (lower-case hex) and size in bytes of one file of a bundle."""
@@ -108,8 +111,11 @@ class Manifest:
             raise BundleError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
         manifest = cls(
             unet=_expect_unet(fields["unet"]),
-            resolution=(expect_positive(resolution[0], "height"), expect_positive(resolution[1], "width")),
-            batch_size=expect_positive(fields["batch_size"], "batch_size"),
+            resolution=(
+                _expect_up_to(_LONGEST_SIDE, resolution[0], "height"),
+                _expect_up_to(_LONGEST_SIDE, resolution[1], "width"),
+            ),
+            batch_size=_expect_up_to(_LARGEST_BATCH, fields["batch_size"], "batch_size"),
             precision=precision,
             graphs={
                 name: Graph.from_json(name, graph)
@@ -154,6 +160,13 @@ def expect_path(value: object, where: str) -> str:
             "'_', '-' and '.', no part beginning with '.' or '-'"
         )
     return path
+
+
+def _expect_up_to(most: int, value: object, where: str) -> int:
+    number = expect_positive(value, where)
+    if number > most:
+        raise BundleError(f"{where} is {number}, expected at most {most}")
+    return number
 
 
 def _check_format(fields: dict[str, Any]) -> None:

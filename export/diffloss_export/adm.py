@@ -22,7 +22,7 @@ from diffloss_trt.unet_config import build_unet
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
-_SWITCHES = ("resblock_updown", "use_scale_shift_norm", "learn_sigma", "class_cond", "use_new_attention_order")
+_SWITCHES = ("resblock_updown", "use_scale_shift_norm", "learn_sigma", "class_cond")
 _SHOWN = 3
 
 
@@ -50,7 +50,7 @@ def convert_adm(state: dict[str, Tensor], flags: AdmFlags, path: Path) -> UNet2D
         tensor = to_float32(state.pop(slot.stored), f"{path}: tensor {slot.stored!r}")
         if slot.qkv:
             weights |= _projections(slot, tensor, flags.use_new_attention_order)
-        else:
+        else:  # convolutions of one axis and size 1 are linear layers
             weights[slot.name] = tensor.squeeze(-1) if len(slot.shape) == 3 else tensor
     classes = len(weights["class_embedding.weight"]) if flags.class_cond else None
     unet = build_unet(_config(flags, classes))

@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Return 0 when done, 1 when a check failed (parity, hash), 2 for wrong usage or input."""
     args = _parser().parse_args(argv)
     try:
-        return _run(args)
+        # It must say what is wrong where nothing can be imported.
+        return _doctor(args) if args.run is _doctor else _run(args)
     except KeyboardInterrupt:
         print("diffloss-export: interrupted, nothing was written", file=sys.stderr)
         return INTERRUPTED
@@ -130,9 +131,32 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("-o", "--output", type=Path, metavar="PICTURE", help="draw where the time goes, e.g. as a PNG")
     profile.add_argument("--json", action="store_true", help="print one JSON object")
     profile.set_defaults(run=_profile)
+    explain = commands.add_parser("explain", help="draw where in a restored image the loss pushes, and how much")
+    explain.add_argument("--restored", type=Path, required=True, metavar="IMAGE", help="what a network made")
+    explain.add_argument(
+        "--target", type=Path, required=True, metavar="IMAGE", help="the ground truth, of the same size"
+    )
+    explain.add_argument("-o", "--output", type=Path, required=True, metavar="PICTURE", help="what to draw, e.g. a PNG")
+    explain.add_argument("--bundle", type=Path, metavar="BUNDLE", help="whose loss (default: the built-in prior's)")
+    explain.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+    explain.add_argument("--naturalness-weight", type=float, default=1e-3, metavar="W", help="default: 1e-3")
+    explain.add_argument("--semantic-weight", type=float, default=1e-6, metavar="W", help="default: 1e-6")
+    explain.add_argument("--draws", type=int, default=8, metavar="N", help="of timestep and noise (default: 8)")
+    explain.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+    explain.add_argument("--json", action="store_true", help="print the terms as one JSON object")
+    explain.set_defaults(run=_explain)
     inspect = commands.add_parser("inspect", help="print what a bundle holds")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(run=_inspect)
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what this machine has, which backend 'auto' takes and why, and what to install to get faster",
+    )
+    doctor.add_argument(
+        "bundle", nargs="?", type=Path, metavar="BUNDLE", help="load it too, which builds what its backend needs"
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.set_defaults(run=_doctor)
     for command in (build, verify, bench, profile, inspect):
         command.add_argument("bundle", metavar="BUNDLE", help="a folder that 'diffloss-export onnx' wrote")
     for command in (verify, bench):
@@ -350,6 +374,41 @@ def _profile(args: argparse.Namespace) -> int:
         for layer, ms in largest(found.layers, 20):
             table.add_row(layer, f"{ms:.3f}")
         Console().print(table)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from diffloss_export.doctor import examine, print_report
+
+    report = examine(args.bundle)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report)
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from diffloss_export.explain import check_output, draw, explain, load_loss, read_images, to_json
+    from diffloss_trt.loss import choose_device
+
+    check_output(args.output)
+    with _stages() as on_stage:
+        on_stage("loading")
+        loss, tile = load_loss(
+            args.bundle,
+            device=choose_device(args.device),
+            naturalness_weight=args.naturalness_weight,
+            semantic_weight=args.semantic_weight,
+        )
+        restored, target = read_images(args.restored, args.target, loss.evaluator.channels)
+        explanation = explain(loss, restored, target, tile=tile, draws=args.draws, seed=args.seed, on_stage=on_stage)
+    draw(explanation, restored).save(args.output)
+    if args.json:
+        print(json.dumps(to_json(explanation), indent=2))
+        return 0
+    terms = ", ".join(f"{name} {value:.4g}" for name, value in explanation.terms.items())
+    print(f"{args.output}: {terms}, means over {args.draws} timesteps, tiles of {tile[0]}x{tile[1]}")
     return 0
 
 

@@ -259,7 +259,9 @@ def _read_unet_config(unet_folder: Path) -> dict[str, Any]:
     config = read_json(path)
     name = config.get("_class_name")
     if name == "UNet2DConditionModel":
-        raise ModelError(f"{path}: text-conditional UNets (UNet2DConditionModel) are not supported, only UNet2DModel")
+        raise ModelError(
+            f"{path}: text-conditional UNets (UNet2DConditionModel) are not supported yet, only UNet2DModel"
+        )
     if name != "UNet2DModel":
         found = "no _class_name" if name is None else f"_class_name {name!r}"
         raise ModelError(f"{path}: found {found}, expected 'UNet2DModel'")
@@ -286,9 +288,9 @@ def _load_unet(folder: Path, config: dict[str, Any], allow_pickle: bool) -> tupl
 
 def _finished(unet: UNet2DModel, where: str, class_label: int | None) -> UNet2DModel:
     """Return a UNet that the loss can use, frozen; ModelError, naming `where`, if it cannot be."""
-    if class_label is not None:
-        _fix_class(unet, class_label)
     try:
+        if class_label is not None:
+            _fix_class(unet, class_label)
         check_unet(unet)
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from error

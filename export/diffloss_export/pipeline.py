@@ -13,6 +13,7 @@ import torch
 
 from diffloss_engine.bundle import Bundle, BundleWriter, file_sha256
 from diffloss_engine.errors import InputError
+from diffloss_engine.tensor_files import save_tensors
 from diffloss_export.onnx_write import WeightFile, write_graph
 from diffloss_export.programs import blank_feature_programs, trace
 from diffloss_export.reference import Reference
@@ -92,8 +93,7 @@ def export_bundle(
             on_stage(f"exporting the {name} graph")
             graphs.append(write_graph(make(), weights))
         reference = Reference.of_unet(tapped, resolution)
-        if gradient:
-            _record(reference, writer.path / REFERENCE, on_stage)
+        _record(reference, writer.path / REFERENCE, on_stage)
         reports: list[Report] = []
 
         def check(bundle: Bundle) -> None:
@@ -147,12 +147,9 @@ def _record(reference: Reference, path: Path, on_stage: Stage) -> None:
 
 
 def _write_unet(tapped: TappedUNet, writer: BundleWriter) -> None:
-    from safetensors.torch import save_file
-
     files: dict[str, Any] = {UNET_CONFIG: describe_unet(tapped.unet), SCHEDULE: tapped.schedule.to_json()}
     for relative, content in files.items():
         path = writer.path / relative
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    state = {key: weight.contiguous() for key, weight in tapped.unet.state_dict().items()}
-    save_file(state, writer.path / UNET_WEIGHTS)
+    save_tensors(tapped.unet.state_dict(), writer.path / UNET_WEIGHTS)

@@ -23,7 +23,7 @@ from diffloss_export.reference import Reference, run_loss
 from diffloss_export.widened import widened_specs, write_widened
 from diffloss_trt import DiffLoss
 from diffloss_trt.contract import GRADIENT, PRECISIONS, SCHEDULE
-from diffloss_trt.evaluators import FusedEvaluator
+from diffloss_trt.evaluators import FusedEvaluator, open_recomputing
 from diffloss_trt.gradient import trace_gradient
 from diffloss_trt.probe import CHECK_WEIGHTS, Result, deviations, run_gradient, worst_ratio
 from diffloss_trt.schedule import NoiseSchedule
@@ -116,7 +116,8 @@ def verify_bundle(
                 _compare(report, check, found, reference.expected[name], DIFFERENCE[precision])
     on_stage("comparing loss and gradient of PyTorch's backward")
     backend = "torch" if report.backend in _PYTORCH else report.backend
-    loss = DiffLoss.load(bundle.path, backend, device, backward="recompute", value_range=(-1.0, 1.0), reduction="none")
+    # Not `DiffLoss.load`, which refuses what is to be reported here.
+    loss = DiffLoss(open_recomputing(bundle, backend, device), value_range=(-1.0, 1.0), reduction="none")
     # The torch backend computes in float32, whatever the precision of the stored weights.
     plain = PLAIN["fp32" if backend == "torch" else bundle.precision]
     rows = [index for index, (place, db) in enumerate(reference.places) if db <= PLAIN_DB and place in plain.places]

@@ -193,6 +193,8 @@ def test_graph_paths_that_leave_the_folder_are_refused(bundle: Bundle, field: st
         (["resolution"], 8, "resolution is an integer"),
         (["resolution"], [8], "resolution has 1 numbers"),
         (["resolution"], [8, -8], "width is -8"),
+        (["resolution"], [8, 2**31], "width is 2147483648, expected at most"),
+        (["batch_size"], 10**9, "batch_size is 1000000000, expected at most"),
         (["batch_size"], 0, "batch_size is 0"),
         (["batch_size"], None, "batch_size is null"),
         (["precision"], "int8", "precision is 'int8', expected one of fp32, fp16, bf16"),

@@ -32,6 +32,15 @@ def test_each_error_is_the_builtin_a_caller_expects(kind: type[Exception], built
     assert issubclass(kind, builtin)
 
 
+@pytest.mark.parametrize("kind", ALL)
+def test_messages_are_one_line_of_some_length(kind: type[Exception]) -> None:
+    assert str(kind("a  file:\n\n  not\r\nthere\u2028")) == "a  file: not there"
+    long = str(kind("begin" + "a" * 10**6 + "end"))
+    assert len(long) < 5000
+    assert long.startswith("begina")
+    assert long.endswith("aend")
+
+
 def test_every_error_is_re_exported() -> None:
     import diffloss_engine
 

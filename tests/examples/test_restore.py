@@ -13,21 +13,12 @@ import torch
 import restore
 from degradations import DEGRADATIONS
 from diffloss_engine.bundle import Bundle
-from diffloss_export.cli import main
 from diffloss_export.models import load_model
 from diffloss_trt import DiffLoss
 from diffloss_trt.tolerances import PLAIN
 from photographs import HELD_OUT, load
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Export the built-in prior as a user would."""
-    folder = tmp_path_factory.mktemp("builtin") / "bundle"
-    assert main(["onnx", "builtin", "-o", str(folder)]) == 0
-    return folder
 
 
 def test_builtin_prior_is_small_enough(bundle: Path) -> None:

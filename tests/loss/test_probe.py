@@ -20,7 +20,7 @@ from diffloss_engine.errors import BackendUnavailableError, BundleError, Integri
 from diffloss_engine.plan_cache import PlanCache
 from diffloss_engine.trt_build import FLAVOURS, build_plan
 from diffloss_trt import DiffLoss, NoiseSchedule
-from diffloss_trt.contract import GRADIENT, REFERENCE, SEMANTIC_GRADIENT
+from diffloss_trt.contract import GRADIENT, REFERENCE, SEMANTIC_GRADIENT, UNET_CONFIG, UNET_WEIGHTS
 from diffloss_trt.probe import Probe, Result, deviations, record, recorded
 from diffloss_trt.tolerances import DIFFERENCE
 from exports import edit_json, rehash, repoint
@@ -158,7 +158,7 @@ def test_a_file_that_does_not_fit(edit: Callable[[dict[str, Tensor]], object], c
 def test_a_file_that_is_no_safetensors_file(copied: Path) -> None:
     (copied / REFERENCE).write_bytes(b"nothing of the kind")
     rehash(copied)
-    with pytest.raises(BundleError, match="does not hold reference values"):
+    with pytest.raises(BundleError, match="is not a safetensors file"):
         DiffLoss.load(copied, "onnxruntime", "cpu")
 
 
@@ -189,3 +189,55 @@ def test_deviations_are_of_the_worst_sample() -> None:
     assert errors["naturalness"] == 0
     assert errors["gradient"] == pytest.approx(2)
     assert errors["1 - cosine of gradient"] == pytest.approx(2)
+
+
+def damage_header(folder: Path) -> None:
+    path = folder / UNET_WEIGHTS
+    content = bytearray(path.read_bytes())
+    content[20] = 0
+    path.write_bytes(content)
+
+
+def zero_a_weight(folder: Path) -> None:
+    weights = load_file(folder / UNET_WEIGHTS)
+    weights["up_blocks.1.resnets.0.conv1.weight"].zero_()
+    save_file(weights, folder / UNET_WEIGHTS)
+
+
+def configure(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / UNET_CONFIG, lambda config: config.update(changes))
+
+
+@pytest.mark.parametrize(
+    ("alter", "way", "error", "message"),
+    [
+        (configure(norm_eps=0.1), ("onnxruntime", "recompute"), ParityError, "gradient is off by"),
+        (configure(center_input_sample=True), ("torch", "fused"), ParityError, "is off by"),
+        (configure(mid_block_scale_factor=2), ("torch", "recompute"), ParityError, "is off by"),
+        (configure(mid_block_scale_factor="x"), ("torch", "recompute"), BundleError, "UNet cannot be run"),
+        (configure(freq_shift="x"), ("onnxruntime", "recompute"), BundleError, "UNet cannot be run"),
+        (configure(layers_per_block=10**100), ("torch", "recompute"), BundleError, "layers_per_block is 1000"),
+        (
+            configure(up_block_types=["AttnUpBlock2D", 3]),
+            ("torch", "fused"),
+            BundleError,
+            "do not fit its configuration",
+        ),
+        (damage_header, ("torch", "fused"), BundleError, "is not a safetensors file"),
+        (zero_a_weight, ("torch", "recompute"), ParityError, "naturalness is off by"),
+        (
+            lambda folder: repoint(folder / "encoder.onnx", "mid_block.resnets.0.conv1.weight"),
+            ("onnxruntime", "recompute"),
+            ParityError,
+            "semantic is off by",
+        ),
+    ],
+)
+def test_what_altered_bundles_were_once_taken_for(
+    copied: Path, alter: Callable[[Path], None], way: tuple[str, str], error: type[Exception], message: str
+) -> None:
+    """With hashes that fit, as somebody would alter them on purpose; found by `tests/fuzz/run.py`."""
+    alter(copied)
+    rehash(copied)
+    with pytest.raises(error, match=message):
+        DiffLoss.load(copied, way[0], "cpu", backward=way[1])

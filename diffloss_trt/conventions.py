@@ -1,0 +1,75 @@
+"""The loss as other people's trainers make and call one: by keyword options, with an image and its ground truth."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffloss_engine.errors import InputError
+from diffloss_trt.loss import DiffLoss
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+class DiffLossCriterion(nn.Module):
+    """DiffLoss with the options and attributes of the losses of piq and pyiqa: `criterion(restored, target)` -> Tensor.
+
+    Args:
+        bundle: the bundle's folder.
+        loss_weight: a factor of both terms.
+        reduction: over the batch: "mean", "sum", or "none" for a loss of each sample, [B].
+        data_range: images are in [0, data_range].
+        options: more options of `DiffLoss.load`, such as `naturalness_weight` and `backend`.
+
+    Raises InputError for a reduction that there is not, and as `DiffLoss.load` does.
+    """
+
+    lower_better = True
+    metric_mode = "FR"  # full reference
+
+    def __init__(
+        self,
+        bundle: str | PathLike[str],
+        *,
+        loss_weight: float = 1.0,
+        reduction: str = "mean",
+        data_range: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if reduction not in REDUCTIONS:
+            raise InputError(f"reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
+        self.loss_weight = loss_weight
+        self.reduction = reduction
+        self.loss_fn = DiffLoss.load(bundle, reduction="none", value_range=(0.0, data_range), **options)
+
+    def forward(self, x: Tensor, y: Tensor, **draws: Any) -> Tensor:
+        """Return the loss of `x` beside the ground truth `y`, both [B, C, H, W]; for `draws` see `DiffLoss.terms`."""
+        loss: Tensor = self.loss_weight * self.loss_fn(x, y.detach(), **draws)
+        if self.reduction == "none":
+            return loss
+        return loss.mean() if self.reduction == "mean" else loss.sum()
+
+
+class PerceptualDiffLoss(nn.Module):
+    """The same for BasicSR and its kin, whose perceptual losses return two: (loss, None), as there is no style loss.
+
+    It is registered like any other loss, `LOSS_REGISTRY.register()(PerceptualDiffLoss)`, and chosen in the options:
+
+        perceptual_opt:
+          type: PerceptualDiffLoss
+          bundle: path/to/bundle
+          naturalness_weight: !!float 1e-3
+
+    The options are those of `DiffLossCriterion`.
+    """
+
+    def __init__(self, bundle: str | PathLike[str], **options: Any) -> None:
+        super().__init__()
+        self.criterion = DiffLossCriterion(bundle, **options)
+
+    def forward(self, x: Tensor, gt: Tensor) -> tuple[Tensor, None]:
+        """Return the loss of `x` beside the ground truth `gt`, both [B, C, H, W], and None."""
+        return self.criterion(x, gt), None

@@ -1,0 +1,48 @@
+"""A Lightning callback; Lightning itself is imported when it is asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from diffloss_engine.errors import InputError
+from diffloss_trt.objective import Terms
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import Callback
+
+
+def log_terms(key: str = "diffloss") -> Callback:
+    """Return a callback that logs the terms of each training step, their means over the batch and over the epoch.
+
+    The module's `training_step` returns what `DiffLoss.terms` has returned beside its loss:
+    `{"loss": loss, "diffloss": terms}`. It is logged as `diffloss/total`, `diffloss/naturalness`, `diffloss/semantic`.
+
+    Raises InputError if Lightning is not installed, and in the training if the terms are not returned under `key`.
+    """
+    try:
+        from lightning.pytorch.callbacks import Callback
+    except ImportError as error:
+        raise InputError(
+            f"the callback is Lightning's, which cannot be imported ({error}): install 'lightning'"
+        ) from error
+
+    class LogTerms(Callback):
+        def __reduce__(self) -> tuple[Any, ...]:
+            return log_terms, (key,)  # a class that is made here cannot be pickled by its name
+
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            terms = outputs.get(key) if isinstance(outputs, dict) else None
+            if not isinstance(terms, Terms):
+                raise InputError(f"training_step did not return the terms: expected {{'loss': loss, {key!r}: terms}}")
+            pl_module.log_dict(
+                {f"{key}/{name}": term.mean() for name, term in terms._asdict().items()},
+                on_step=True,
+                on_epoch=True,
+                batch_size=len(terms.total),
+                sync_dist=True,
+            )
+
+    return LogTerms()

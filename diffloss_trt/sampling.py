@@ -1,0 +1,127 @@
+"""At which timesteps the loss looks: densities over the noise schedule, and samplers that draw from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffloss_engine.errors import InputError
+from diffloss_trt.schedule import NoiseSchedule
+
+# Weights [T], in any unit, of the timesteps: the same at every step of the training, or by its step.
+Density = Tensor | Callable[[int], Tensor]
+Range = tuple[int, int]
+
+
+class TimestepSampler:
+    """Draws a timestep for each image of a batch: `loss_fn(restored, target, timesteps=sampler(len(restored)))`.
+
+    The loss of a training is its expectation under this density; nothing divides the density out again.
+
+    Args:
+        density: what `uniform_range`, `snr_weighted` or `Annealed` returns, or any like it.
+        low_discrepancy: whether the timesteps of a batch lie evenly in the density, one in each of B equal shares of
+            it, all at one random place of their share (Kingma et al., Variational Diffusion Models, 2021, appendix
+            I.1). Each timestep has the same density as without, and the batch's mean a smaller variance.
+        generator: source of the random draws, on any device; by default PyTorch's global one.
+        device: where the timesteps shall be: the loss's.
+
+    Raises InputError, when made and at each draw, for a density that cannot be drawn from.
+    """
+
+    def __init__(
+        self,
+        density: Density,
+        *,
+        low_discrepancy: bool = False,
+        generator: torch.Generator | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.density = density
+        self.low_discrepancy = low_discrepancy
+        self.generator = generator
+        self.device = device
+        self._distribution(0)
+
+    def __call__(self, batch: int, step: int = 0) -> Tensor:
+        """Return integers [batch] in [0, T), in random order; `step`, of the training, is for `Annealed` densities."""
+        if batch < 1:
+            raise InputError(f"batch is {batch}; expected at least 1")
+        place = self.generator.device if self.generator is not None else None
+        level = torch.rand(
+            1 if self.low_discrepancy else batch, generator=self.generator, device=place, dtype=torch.float64
+        )
+        if self.low_discrepancy:
+            level = (torch.randperm(batch, generator=self.generator, device=place) + level) / batch
+        # Rounding may bring the last share's level to 1, at which no timestep is left.
+        level = level.cpu().clamp(max=1 - 2**-53)
+        return torch.searchsorted(self._distribution(step), level, right=True).to(self.device)
+
+    def _distribution(self, step: int) -> Tensor:
+        """Return the share of the density up to and with each timestep, [T], rising to exactly 1."""
+        density = self.density if isinstance(self.density, Tensor) else self.density(step)
+        cumulative = _checked(density).cumsum(0)
+        return cumulative / cumulative[-1]
+
+
+def uniform_range(schedule: NoiseSchedule, low: int = 0, high: int | None = None) -> Tensor:
+    """Return the density, [T], that is the same for all timesteps in [low, high); by default for all there are."""
+    return _inside(torch.ones(len(schedule), dtype=torch.float64), (low, len(schedule) if high is None else high))
+
+
+def balanced(snr: Tensor) -> Tensor:
+    """Return snr / (1 + snr)^2 = abar (1 - abar): largest where there is as much signal as noise."""
+    return 1 / (snr + 2 + 1 / snr)  # in this form right at zero and at infinity too
+
+
+def snr_weighted(schedule: NoiseSchedule, weight: Callable[[Tensor], Tensor] = balanced) -> Tensor:
+    """Return the density, [T], proportional to a function of the signal-to-noise ratio, SNR = abar / (1 - abar).
+
+    `weight` maps SNR [T], falling, float64 in [0, inf], to weights >= 0. The weight of min-SNR (Hang et al., 2023), for
+    one, is `lambda snr: snr.clamp(max=5)`. Raises InputError if it is not finite and >= 0, or zero everywhere.
+    """
+    abar = schedule.alphas_cumprod
+    return _checked(weight(abar / (1 - abar)))
+
+
+@dataclass(frozen=True, eq=False)
+class Annealed:
+    """A density whose range moves, timestep by timestep, from [low, high) `start` to `end` in `steps` training steps.
+
+    What is left of `density` [T] in the range keeps its proportions. Raises InputError for a range outside of the
+    schedule or without density.
+    """
+
+    density: Tensor
+    start: Range
+    end: Range
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps is {self.steps}; expected at least 1")
+        for step in (0, self.steps):
+            _checked(self(step))
+
+    def __call__(self, step: int) -> Tensor:
+        """Return the density at a step of the training, [T]; before 0 and beyond `steps` it does not change."""
+        done = min(max(step / self.steps, 0.0), 1.0)
+        low, high = (round(first + done * (last - first)) for first, last in zip(self.start, self.end, strict=True))
+        return _inside(self.density, (low, high))
+
+
+def _inside(density: Tensor, bounds: Range) -> Tensor:
+    low, high = bounds
+    if not 0 <= low < high <= len(density):
+        raise InputError(f"the range of timesteps is [{low}, {high}); expected 0 <= low < high <= {len(density)}")
+    index = torch.arange(len(density))
+    return density * ((index >= low) & (index < high))
+
+
+def _checked(density: Tensor) -> Tensor:
+    if density.ndim != 1 or not bool((density.isfinite() & (density >= 0)).all()) or not bool(density.any()):
+        raise InputError("a density over timesteps must be [T], finite, >= 0, and not zero everywhere")
+    return density.detach().to("cpu", torch.float64)

@@ -1,0 +1,71 @@
+"""Weights of the loss's terms that change during the training: callables from its step, counted from 0, to a weight.
+
+    schedule = Cosine(1e-3, 1e-4, steps=100_000)
+    loss_fn.naturalness_weight = schedule(step)
+
+A weight that is not zero must not start at zero, not even for one step: without a term, another graph is run, which has
+to be loaded, and with TensorRT built.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from diffloss_engine.errors import InputError
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same weight at every step."""
+
+    weight: float
+
+    def __post_init__(self) -> None:
+        _check_weight("weight", self.weight)
+
+    def __call__(self, step: int) -> float:
+        return self.weight
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """A weight that grows linearly: weight / steps at the first step, `weight` from the last of `steps` on."""
+
+    weight: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_weight("weight", self.weight)
+        _check_steps(self.steps)
+
+    def __call__(self, step: int) -> float:
+        return self.weight * min(1.0, (step + 1) / self.steps)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """A weight that goes from `start`, at step 0, to `end`, from step `steps` on, along half a period of the cosine."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_weight("start", self.start)
+        _check_weight("end", self.end)
+        _check_steps(self.steps)
+
+    def __call__(self, step: int) -> float:
+        done = min(1.0, step / self.steps)
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * done)) / 2
+
+
+def _check_weight(name: str, weight: float) -> None:
+    if not (math.isfinite(weight) and weight >= 0):
+        raise InputError(f"{name} is {weight}; expected a finite number >= 0")
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise InputError(f"steps is {steps}; expected at least 1")

@@ -1,0 +1,190 @@
+"""`diffloss-export doctor`: what it says of this machine is so, and nothing that is broken breaks it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+
+from diffloss_export.doctor import advise, print_report
+from diffloss_trt import DiffLoss
+from exports import Exported
+
+Report = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def examined(exported: Callable[..., Exported]) -> Report:
+    """Run the command on this machine, with a bundle; read-only."""
+    command = [sys.executable, "-m", "diffloss_export", "doctor", str(exported().bundle.path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=250)
+    report: Report = json.loads(done.stdout)
+    return report
+
+
+def test_report_of_this_machine(examined: Report) -> None:
+    backends = examined["backends"]
+    assert examined["torch"]["cuda"] == torch.version.cuda
+    assert len(examined["torch"]["gpus"]) == torch.cuda.device_count()
+    assert examined["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert backends["torch"]["version"] == torch.__version__
+    assert backends["onnxruntime"]["version"] == onnxruntime.__version__
+    assert backends["onnxruntime"]["providers"] == onnxruntime.get_available_providers()
+    assert examined["packages"]["diffloss-trt"]
+    for backend in backends.values():
+        assert backend["reason"] or len(backend["precisions"]) == 3
+    assert examined["advice"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
+@pytest.mark.parametrize(
+    "precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow), pytest.param("bf16", marks=pytest.mark.slow)]
+)
+def test_auto_chooses_what_is_foretold(
+    examined: Report,
+    exported: Callable[..., Exported],
+    precision: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DIFFLOSS_CACHE", str(tmp_path))
+    chosen = DiffLoss.load(exported(precision=precision).bundle.path)
+    assert chosen.evaluator.backend == examined["auto"][precision]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
+def test_reasons_on_a_machine_without_a_gpu(examined: Report) -> None:
+    onnx = examined["backends"]["onnxruntime"]
+    assert onnx["precisions"] == ["fp32", "fp16"]
+    assert onnx["reason"].startswith("bf16: ")
+    assert "Could not find an implementation" in onnx["reason"]
+    for flavour in ("tensorrt", "tensorrt-rtx"):
+        assert examined["backends"][flavour]["precisions"] == []
+
+
+def test_bundle_is_loaded_as_a_training_does(examined: Report, exported: Callable[..., Exported]) -> None:
+    chosen = DiffLoss.load(exported().bundle.path)
+    found = examined["bundle"]
+    assert (found["backend"], found["backward"]) == (chosen.evaluator.backend, "fused")
+    assert found["device"] == str(chosen.device)
+    (line,) = found["said"]
+    assert line.startswith(f"backend auto: {found['backend']} on ")
+
+
+def test_report_in_words(examined: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(examined)
+    out = " ".join(capsys.readouterr().out.split())
+    for word in (
+        "tensorrt-rtx",
+        torch.__version__,
+        examined["bundle"]["said"][0],
+        f"for fp32, {examined['auto']['fp16']}",
+    ):
+        assert word in out
+    print_report(examined | {"bundle": {"error": "no [such] bundle"}, "torch": None, "gpus": [GPU]})
+    out = " ".join(capsys.readouterr().out.split())
+    assert "This bundle: no [such] bundle" in out
+    assert "name RTX 4090, driver 580.95" in out
+
+
+BROKEN = {
+    "torch.py": "raise ImportError('libtorch_cpu.so: cannot open shared object file')",
+    "onnxruntime.py": "import os; os.abort()",
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="an executable script")
+def test_broken_libraries_and_a_bundle_that_is_none(tmp_path: Path) -> None:
+    for name, content in BROKEN.items():
+        (tmp_path / name).write_text(content)
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 'RTX 4090, 580.95, 8.9, 24564 MiB'\n")
+    driver.chmod(0o755)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+    }
+    command = [sys.executable, "-m", "diffloss_export", "doctor", str(tmp_path / "none"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert report["torch"] is None
+    assert report["auto"] == dict.fromkeys(("fp32", "fp16", "bf16"))
+    missing = "libtorch_cpu.so: cannot open shared object file"
+    reasons = {name: backend["reason"] for name, backend in report["backends"].items()}
+    assert reasons["onnxruntime"].startswith("it ended its process by signal 6 (")
+    assert all(reason == missing for name, reason in reasons.items() if name != "onnxruntime")
+    assert report["bundle"] == {"error": missing}
+    assert report["gpus"] == [GPU]
+    assert report["advice"] == ["PyTorch cannot be imported, and nothing runs without it: install it again."]
+
+
+def test_a_bundle_that_is_none_is_said(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "diffloss_export.trials", "bundle", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{tmp_path / 'none'} does not exist\n")
+
+
+GPU = {"name": "RTX 4090", "driver": "580.95", "compute_capability": "8.9", "memory": "24564 MiB"}
+ALL: Report = {"precisions": ["fp32", "fp16", "bf16"]}
+NONE: Report = {"precisions": []}
+BEST: Report = {
+    "packages": {"onnxruntime-gpu": "1.31.0"},
+    "gpus": [GPU],
+    "torch": {"cuda": "13.0", "cuda_error": None, "gpus": [{"name": "RTX 4090"}], "bf16": True},
+    "backends": {"tensorrt": ALL, "tensorrt-rtx": NONE, "onnxruntime": ALL, "inductor": ALL, "torch": ALL},
+}
+CPU: Report = {
+    "packages": {"onnxruntime": "1.32.0"},
+    "gpus": [],
+    "torch": {"cuda": None, "cuda_error": None, "gpus": [], "bf16": False},
+    "backends": {"tensorrt": NONE, "tensorrt-rtx": NONE, "onnxruntime": ALL, "inductor": NONE, "torch": ALL},
+}
+
+
+@pytest.mark.parametrize(
+    ("report", "changes", "parts"),
+    [
+        (BEST, {}, ["Nothing that auto would take first is missing."]),
+        (BEST, {"backends.tensorrt": NONE, "backends.tensorrt-rtx": ALL}, ["Nothing that auto"]),
+        (BEST, {"backends.tensorrt": NONE}, ["TensorRT, which does not run here: install '.[gpu]'"]),
+        (
+            BEST,
+            {"packages": {"onnxruntime": "1.32.0"}, "backends.onnxruntime": NONE},
+            ["install '.[gpu]', which has 'onnxruntime-gpu' in the place of 'onnxruntime'."],
+        ),
+        (BEST, {"packages": {"onnxruntime": "1", "onnxruntime-gpu": "1"}}, ["uninstall both"]),
+        (CPU, {}, ["Nothing that auto"]),
+        (CPU, {"gpus": [GPU]}, ["There is a GPU (RTX 4090), but this PyTorch is built for CPUs"]),
+        (
+            CPU,
+            {"gpus": [GPU], "torch.cuda": "13.0", "torch.cuda_error": "the driver is too old"},
+            ["(RTX 4090, driver 580.95), but PyTorch, which is built for CUDA 13.0, cannot use it: the driver is too"],
+        ),
+        (CPU, {"packages": {}, "backends.onnxruntime": NONE}, ["install '.[cpu]', which has 'onnxruntime'."]),
+        (CPU, {"torch.bf16": True, "backends.inductor": {"precisions": ["bf16"]}}, [", compiled by inductor."]),
+        (CPU, {"torch.bf16": True}, ["once there is a C++ compiler"]),
+        (CPU, {"torch.bf16": True, "gpus": [GPU]}, ["There is a GPU", "once there is a C++ compiler"]),
+    ],
+)
+def test_advice(report: Report, changes: dict[str, Any], parts: list[str]) -> None:
+    changed = copy.deepcopy(report)
+    for path, value in changes.items():
+        *folders, name = path.split(".")
+        place = changed
+        for folder in folders:
+            place = place[folder]
+        place[name] = value
+    advice = advise(changed)
+    assert len(advice) == len(parts)
+    for sentence, part in zip(advice, parts, strict=True):
+        assert part in sentence
