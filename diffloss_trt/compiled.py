@@ -36,11 +36,11 @@ def compiled_terms(
 
     The loss's weights, its draws and its session are looked up when the graph runs.
     """
-    if target.requires_grad:
-        raise InputError(TARGET_REQUIRES_GRAD)  # inside the operation no tensor does
     # Two equal calls would be taken for one, in spite of the tag (torch 2.13), if each had not a tensor of its own.
     call = torch.empty(0, device=restored.device)
-    *terms, gradient = _value_and_gradient(restored.detach(), target, timesteps, noise, call, handle)
+    *terms, gradient = _value_and_gradient(
+        restored.detach(), target.detach(), timesteps, noise, call, target.requires_grad, handle
+    )
     return attach(Terms(*terms), loss.centred(restored), gradient)
 
 
@@ -51,12 +51,20 @@ def compiled_terms(
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),
 )
 def _value_and_gradient(
-    restored: Tensor, target: Tensor, timesteps: Tensor | None, noise: Tensor | None, call: Tensor, handle: int
+    restored: Tensor,
+    target: Tensor,
+    timesteps: Tensor | None,
+    noise: Tensor | None,
+    call: Tensor,
+    target_requires_grad: bool,
+    handle: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return total, naturalness, semantic [B], and the gradient of total with respect to `restored` in [-1, 1]."""
     loss = _losses.get(handle)
     if loss is None:
         raise BackendError("the DiffLoss that this graph was compiled with is gone")
+    if target_requires_grad:
+        raise InputError(TARGET_REQUIRES_GRAD)
     images = loss.prepare(restored, target, timesteps, noise)
     if loss.weights == (0.0, 0.0):
         total, naturalness, semantic = (images[0].new_zeros(len(restored), dtype=torch.float32) for _ in range(3))
@@ -67,7 +75,13 @@ def _value_and_gradient(
 
 @_value_and_gradient.register_fake
 def _(
-    restored: Tensor, target: Tensor, timesteps: Tensor | None, noise: Tensor | None, call: Tensor, handle: int
+    restored: Tensor,
+    target: Tensor,
+    timesteps: Tensor | None,
+    noise: Tensor | None,
+    call: Tensor,
+    target_requires_grad: bool,
+    handle: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total, naturalness, semantic = (restored.new_empty(restored.shape[0], dtype=torch.float32) for _ in range(3))
     return total, naturalness, semantic, restored.new_empty(restored.shape, dtype=torch.float32)
