@@ -92,7 +92,7 @@ def attach(terms: Terms, restored: Tensor, gradient: Tensor) -> Terms:
     if not (torch.is_grad_enabled() and restored.requires_grad):
         return terms
     total = Fused.apply(restored, terms.total, gradient)  # type: ignore[no-untyped-call]
-    return terms._replace(total=total)
+    return Terms(total, terms.naturalness, terms.semantic)
 
 
 class _Final(torch.autograd.Function):

@@ -62,7 +62,7 @@ class DiffLoss(nn.Module):
         self._handle = register(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # What is copied or was pickled has the settings of another loss, but is itself.
+        # To compiled graphs a copy, or what was pickled, is a loss of its own, which has settings of its own.
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._handle = register(self)
 
@@ -221,7 +221,7 @@ class DiffLoss(nn.Module):
             if isinstance(self.evaluator, FusedEvaluator) and generator is None:
                 return compiled_terms(self, self._handle, restored, target, timesteps, noise)
             torch._dynamo.graph_break(
-                msg="a DiffLoss breaks the graph unless its backward is fused, and none gives a generator"
+                msg="a DiffLoss breaks the graph unless its backward is fused and it is given no generator"
             )
         images = self.prepare(restored, target, timesteps, noise, generator)
         if self.weights == (0.0, 0.0):
@@ -277,7 +277,7 @@ class DiffLoss(nn.Module):
         else:
             check_noise(noise, restored)
         dtype = torch.promote_types(restored.dtype, torch.float32)
-        return self.centred(restored), self.centred(target).to(dtype), noise.to(dtype), timesteps
+        return self.centred(restored), self.centred(target.to(dtype)), noise.to(dtype), timesteps
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Called by .to(), .cuda() and the like. The module holds no tensors itself: ask where `fn` would put one.
