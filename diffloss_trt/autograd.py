@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.errors import BackendError
-from diffloss_trt.objective import per_sample, terms_and_cotangents, wide
+from diffloss_trt.objective import Terms, per_sample, terms_and_cotangents, wide
 from diffloss_trt.unet import Features, TappedUNet
 
 
@@ -85,6 +85,14 @@ class Fused(torch.autograd.Function):
         restored, gradient = ctx.saved_tensors
         scaled: Tensor = _Final.apply(gradient, restored, upstream)  # type: ignore[no-untyped-call]
         return scaled.to(restored.dtype), None, None
+
+
+def attach(terms: Terms, restored: Tensor, gradient: Tensor) -> Terms:
+    """Return the terms with `total` attached to `restored` by its gradient, if a tape is being made."""
+    if not (torch.is_grad_enabled() and restored.requires_grad):
+        return terms
+    total = Fused.apply(restored, terms.total, gradient)  # type: ignore[no-untyped-call]
+    return Terms(total, terms.naturalness, terms.semantic)
 
 
 class _Final(torch.autograd.Function):

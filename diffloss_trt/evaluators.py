@@ -16,7 +16,7 @@ from diffloss_engine.cuda_graph import GraphedSession
 from diffloss_engine.inductor import compile_program, has_bfloat16, open_compiled, package_key
 from diffloss_engine.session import Session, open_graph
 from diffloss_engine.torch_session import TorchSession
-from diffloss_trt.autograd import Cotangents, Fused, Recompute
+from diffloss_trt.autograd import Cotangents, Recompute, attach
 from diffloss_trt.contract import (
     BOTTLENECK,
     ENCODER,
@@ -235,18 +235,22 @@ class FusedEvaluator(_BundleEvaluator):
         program = trace_gradient(tapped, self.bundle.batch_size, self.bundle.resolution, with_noise=name == GRADIENT)
         return program.bind(tapped.unet.state_dict()), list(program.inputs.values())
 
-    def terms(
+    def evaluate(
         self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
-    ) -> Terms:
+    ) -> tuple[Terms, Tensor]:
+        """Return the terms and the gradient of `total` with respect to `restored`, both without a tape."""
         session = self.session(gradient_graph(weights))
         results = run_gradient_graph(session, restored, target, noise, timesteps, weights)
         zero = torch.zeros_like(results[SEMANTIC])
         naturalness = results.get(NATURALNESS, zero)
         semantic = results[SEMANTIC] if weights[1] else zero
-        total = combine(naturalness, semantic, *weights)
-        if torch.is_grad_enabled() and restored.requires_grad:
-            total = Fused.apply(restored, total, results[GRADIENT])  # type: ignore[no-untyped-call]
-        return Terms(total, naturalness, semantic)
+        return Terms(combine(naturalness, semantic, *weights), naturalness, semantic), results[GRADIENT]
+
+    def terms(
+        self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
+    ) -> Terms:
+        terms, gradient = self.evaluate(restored, target, noise, timesteps, weights)
+        return attach(terms, restored, gradient)
 
 
 def gradient_graph(weights: tuple[float, float]) -> str:

@@ -14,10 +14,11 @@ from diffloss_engine.errors import InputError, InputTypeError
 # resampling; a network that has just been initialised may be anywhere near, but not at 255 when told 1.
 TARGET_OVERSHOOT = 0.1
 RESTORED_OVERSHOOT = 25.0
+TARGET_REQUIRES_GRAD = "target requires grad; the loss has no gradient for it: pass target.detach()"
 
 
 def check_settings(
-    naturalness_weight: float, semantic_weight: float, reduction: str, value_range: Sequence[float]
+    naturalness_weight: float, semantic_weight: float, reduction: str, value_range: Sequence[float], seed: int | None
 ) -> tuple[float, float]:
     """Check the settings of a DiffLoss; return `value_range` as (low, high)."""
     for name, weight in (("naturalness_weight", naturalness_weight), ("semantic_weight", semantic_weight)):
@@ -36,6 +37,11 @@ def check_settings(
     low, high = (float(bound) for bound in value_range)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise InputError(f"value_range is ({low}, {high}); expected finite bounds with low < high")
+    if seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise InputTypeError(f"seed is a {type(seed).__name__}; expected an integer, or None")
+        if not 0 <= seed < 2**63:
+            raise InputError(f"seed is {seed}; expected 0 to 2**63 - 1")
     return low, high
 
 
@@ -95,7 +101,7 @@ def check_images(
     _check_tensor("restored", restored, shape, device)
     _check_tensor("target", target, shape, device)
     if target.requires_grad:
-        raise InputError("target requires grad; the loss has no gradient for it: pass target.detach()")
+        raise InputError(TARGET_REQUIRES_GRAD)
     if values:
         _check_values("restored", restored, *value_range, RESTORED_OVERSHOOT)
         _check_values("target", target, *value_range, TARGET_OVERSHOOT)

@@ -14,10 +14,12 @@ from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BackendError, BackendUnavailableError, InputError, ParityError
 from diffloss_engine.inductor import has_bfloat16
 from diffloss_engine.tensors import concrete_device
+from diffloss_trt.compiled import compiled_terms, register
 from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
+from diffloss_trt.draws import Draws
 from diffloss_trt.evaluators import EagerEvaluator, Evaluator, FusedEvaluator, gradient_graph, open_recomputing
 from diffloss_trt.inputs import check_images, check_noise, check_settings, check_timesteps
-from diffloss_trt.objective import Terms
+from diffloss_trt.objective import Terms, wide
 from diffloss_trt.probe import check_evaluator
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.unet import TappedUNet
@@ -35,7 +37,9 @@ class DiffLoss(nn.Module):
     noise (naturalness) and bottleneck features (semantic) of both are compared by mean squared difference.
     Make one with `load` (from an exported bundle) or `from_unet` (from a diffusers UNet, on eager PyTorch).
 
-    The frozen weights are in neither `parameters()` nor `state_dict()`. Copies of a module share them.
+    The frozen weights are in neither `parameters()` nor `state_dict()`. Copies of a module share them. With a `seed`
+    the state of the random draws is in `state_dict()`, and nothing else; without, nothing is: PyTorch's global
+    generators, from which they are then drawn, are the trainer's to save.
     """
 
     def __init__(
@@ -46,13 +50,21 @@ class DiffLoss(nn.Module):
         semantic_weight: float = 1e-6,
         reduction: str = "mean",
         value_range: Sequence[float] = (0.0, 1.0),
+        seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.value_range = check_settings(naturalness_weight, semantic_weight, reduction, value_range)
+        self.value_range = check_settings(naturalness_weight, semantic_weight, reduction, value_range, seed)
         self.naturalness_weight = float(naturalness_weight)
         self.semantic_weight = float(semantic_weight)
         self.reduction = reduction
         self.evaluator = evaluator
+        self.draws = None if seed is None else Draws(seed)
+        self._handle = register(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # To compiled graphs a copy, or what was pickled, is a loss of its own, which has settings of its own.
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._handle = register(self)
 
     @classmethod
     def from_unet(
@@ -64,6 +76,7 @@ class DiffLoss(nn.Module):
         semantic_weight: float = 1e-6,
         reduction: str = "mean",
         value_range: Sequence[float] = (0.0, 1.0),
+        seed: int | None = None,
     ) -> Self:
         """Return the loss on eager PyTorch: the reference for every other backend.
 
@@ -74,7 +87,7 @@ class DiffLoss(nn.Module):
         Raises `ModelError` for a UNet or scheduler that cannot be used, `InputError` and `InputTypeError` for bad
         settings; see `load` for those.
         """
-        check_settings(naturalness_weight, semantic_weight, reduction, value_range)
+        check_settings(naturalness_weight, semantic_weight, reduction, value_range, seed)
         schedule = scheduler if isinstance(scheduler, NoiseSchedule) else NoiseSchedule.from_scheduler(scheduler)
         tapped = TappedUNet(unet, schedule)
         return cls(
@@ -83,6 +96,7 @@ class DiffLoss(nn.Module):
             semantic_weight=semantic_weight,
             reduction=reduction,
             value_range=value_range,
+            seed=seed,
         )
 
     @classmethod
@@ -97,6 +111,7 @@ class DiffLoss(nn.Module):
         reduction: str = "mean",
         value_range: Sequence[float] = (0.0, 1.0),
         cuda_graph: bool = False,
+        seed: int | None = None,
     ) -> Self:
         """Return the loss on a bundle that `diffloss-export onnx` wrote.
 
@@ -115,6 +130,9 @@ class DiffLoss(nn.Module):
             value_range: the range of the images passed in, (low, high).
             cuda_graph: whether to record the engine's work as a CUDA graph when it is loaded. That is faster where
                 launching its kernels takes longer than running them: for small images or batches.
+            seed: of the random draws, >= 0. With one seed the processes of `torch.distributed` draw differently, each
+                by its rank; `state_dict()` holds where they are, so that a resumed training goes on with the same
+                draws. By default they come from PyTorch's global generator.
 
         Raises:
             BundleError: the folder is no bundle, or was written by a newer version.
@@ -123,7 +141,7 @@ class DiffLoss(nn.Module):
             ParityError: on the images that the bundle carries, the backend's results are wrong.
             InputError, InputTypeError: a setting cannot be used.
         """
-        check_settings(naturalness_weight, semantic_weight, reduction, value_range)
+        check_settings(naturalness_weight, semantic_weight, reduction, value_range, seed)
         if backend not in BACKENDS:
             raise InputError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
         if backward is not None and backward not in BACKWARDS:
@@ -141,6 +159,7 @@ class DiffLoss(nn.Module):
             semantic_weight=semantic_weight,
             reduction=reduction,
             value_range=value_range,
+            seed=seed,
         )
 
     @property
@@ -179,19 +198,60 @@ class DiffLoss(nn.Module):
 
         Only `total` carries the gradient. A term of weight zero is not computed and is zero.
 
+        Under `torch.compile` a loss with backward "fused" is one operation of the graph, in which everything said here
+        is done as in eager mode; what is wrong with the images is found when it runs. `generator` cannot be given there
+        with `fullgraph=True`, and other losses break the graph.
+
         Args:
             restored: what the network made, [B, C, H, W], floating point, in `value_range`.
             target: the ground truth, like `restored`, without gradient.
             timesteps: integers [B] in [0, T); by default uniform over the schedule.
             noise: standard normal noise like `restored`; drawn by default. Both branches share it.
-            generator: source of the random draws, on any device; by default PyTorch's global one.
+            generator: source of the random draws, on any device; by default the loss's own, if it has a seed, or else
+                PyTorch's global one.
 
         Raises:
             InputError: wrong rank, channels, size, value range, NaN or infinity, timesteps outside the schedule,
                 or a target that requires grad. On a GPU looking at values waits for the GPU, so it is left out while
                 a CUDA graph is captured.
             InputTypeError: wrong type, dtype or device.
+            BackendError: a draw of a loss with a seed is to be repeated, and cannot be; see `Draws`.
         """
+        if torch.compiler.is_compiling():
+            if isinstance(self.evaluator, FusedEvaluator) and generator is None:
+                return compiled_terms(self, self._handle, restored, target, timesteps, noise)
+            torch._dynamo.graph_break(
+                msg="a DiffLoss breaks the graph unless its backward is fused and it is given no generator"
+            )
+        images = self.prepare(restored, target, timesteps, noise, generator)
+        if self.weights == (0.0, 0.0):
+            zero = images[0].flatten(1)[:, :0].sum(1)  # zero, and still attached to `restored`
+            return Terms(zero, zero.detach(), zero.detach())
+        return self.evaluator.terms(*images, self.weights)
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Those of naturalness and semantic."""
+        return self.naturalness_weight, self.semantic_weight
+
+    def centred(self, image: Tensor) -> Tensor:
+        """Return `image` in [-1, 1], and half-precision images widened.
+
+        Their mixture with noise would lose the digits that the loss lives on.
+        """
+        low, high = self.value_range
+        # In this form nothing is rounded if the range is [-1, 1] already: near images differ by little more than that.
+        return wide(image) * (2 / (high - low)) - (high + low) / (high - low)
+
+    def prepare(
+        self,
+        restored: Tensor,
+        target: Tensor,
+        timesteps: Tensor | None,
+        noise: Tensor | None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Check what a trainer passes in, draw what it does not, and return what `Evaluator.terms` takes first."""
         evaluator = self.evaluator
         values = self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
         check_images(
@@ -205,6 +265,8 @@ class DiffLoss(nn.Module):
             values=values,
         )
         batch, count = len(restored), len(evaluator.schedule)
+        if generator is None and self.draws is not None and (timesteps is None or noise is None):
+            generator = self.draws.generator(self.device)
         drawn_on = generator.device if generator is not None else self.device
         if timesteps is None:
             timesteps = torch.randint(count, (batch,), generator=generator, device=drawn_on).to(self.device)
@@ -214,18 +276,8 @@ class DiffLoss(nn.Module):
             noise = torch.randn(restored.shape, generator=generator, device=drawn_on).to(self.device)
         else:
             check_noise(noise, restored)
-
-        # Half-precision images are widened: their mixture with noise would lose the digits that the loss lives on.
         dtype = torch.promote_types(restored.dtype, torch.float32)
-        # In this form nothing is rounded if the range is [-1, 1] already: near images differ by little more than that.
-        low, high = self.value_range
-        scale, shift = 2 / (high - low), (high + low) / (high - low)
-        centred, centred_target = (image.to(dtype) * scale - shift for image in (restored, target))
-        weights = (self.naturalness_weight, self.semantic_weight)
-        if weights == (0.0, 0.0):
-            zero = centred.flatten(1)[:, :0].sum(1)  # zero, and still attached to `restored`
-            return Terms(zero, zero.detach(), zero.detach())
-        return evaluator.terms(centred, centred_target, noise.to(dtype), timesteps, weights)
+        return self.centred(restored), self.centred(target.to(dtype)), noise.to(dtype), timesteps
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Called by .to(), .cuda() and the like. The module holds no tensors itself: ask where `fn` would put one.
@@ -236,10 +288,11 @@ class DiffLoss(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        seeded = "" if self.draws is None else f", seed={self.draws.seed}"
         return (
             f"naturalness_weight={self.naturalness_weight:g}, semantic_weight={self.semantic_weight:g}, "
             f"backend={self.evaluator.backend}, backward={self.evaluator.backward}, device={self.device}, "
-            f"reduction={self.reduction}, value_range={self.value_range}"
+            f"reduction={self.reduction}, value_range={self.value_range}{seeded}"
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class OrtSession:
     Inputs are read and outputs written where torch keeps them, without a copy, except that an input that is not
     contiguous, or begins at an odd address, is first copied. On CUDA the graph runs on a stream of the session's own,
     which waits for torch's current stream and is waited for by it; TF32 is off.
+
+    In a forked process, such as a data loader's, a session on the CPU goes on, on the calling thread alone.
 
     backend: "onnxruntime", or "onnxruntime-tensorrt": its TensorRT provider, which builds engines when the session is
         opened, and keeps none; what TensorRT cannot take runs on the CUDA provider.
@@ -79,6 +82,7 @@ class OrtSession:
         _compare(graph_file, "inputs", session.get_inputs(), self.inputs)
         _compare(graph_file, "outputs", session.get_outputs(), self.outputs)
         self._session: onnxruntime.InferenceSession | None = session
+        _opened.add(self)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         session = self._session
@@ -149,6 +153,19 @@ class OrtSession:
         # ONNX Runtime's exceptions share no base class but this one.
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed: {error}") from error
+
+
+_opened: WeakSet[OrtSession] = WeakSet()
+
+
+def _keep_inherited() -> None:
+    """Never free, in a process that was forked, what was opened before: that would wait for threads left behind."""
+    for opened in _opened:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(opened._session))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_inherited)
 
 
 def _import_runtime() -> ModuleType:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -283,6 +285,41 @@ def test_failure_during_a_run_is_a_backend_error(tmp_path: Path, save_graph: Sav
     with pytest.raises(BackendError, match="ONNX Runtime failed"):
         session({"x": torch.arange(4.0), "index": torch.tensor([4])})
     assert session({"x": torch.arange(4.0), "index": torch.tensor([1])})["y"] == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux lists them")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_call_uses_as_many_threads_as_torch(tmp_path: Path, save_conv: SaveConv, threads: int) -> None:
+    """The calling one and its own, which is none beside a data loader's worker, where torch is told to use one."""
+    graph = save_conv(tmp_path, "float32")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        running = len(os.listdir("/proc/self/task"))
+        session = open_graph(tmp_path, graph)
+        session(sample())
+        assert len(os.listdir("/proc/self/task")) - running == threads - 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes cannot be forked here")
+# Python 3.12 and later warn of what is tested here.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_can_call_and_close_it(tmp_path: Path, save_conv: SaveConv) -> None:
+    """Its threads are not there; freed for good, it would wait for them for ever."""
+    session, inputs = open_graph(tmp_path, save_conv(tmp_path, "float32"), threads=2), sample()
+    wanted = session(inputs)["features"]
+
+    def use() -> None:
+        assert torch.equal(session(inputs)["features"], wanted)
+        session.close()
+
+    child = multiprocessing.get_context("fork").Process(target=use)
+    child.start()
+    child.join(30)
+    child.kill()
+    assert child.exitcode == 0
 
 
 @pytest.mark.parametrize("threads", [0, -1])

@@ -1,0 +1,79 @@
+"""The random draws of a loss that has a seed of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import deque
+
+import torch
+from torch import Tensor, nn
+
+from diffloss_engine.errors import BackendError, InputError
+
+# How many calls back a draw can be found that activation checkpointing repeats.
+_REMEMBERED = 1024
+_numbering = threading.Lock()
+
+
+class Draws(nn.Module):
+    """Numbers the calls of a loss, and gives each a generator that follows from seed, rank and number alone.
+
+    The rank is that of the process in torch.distributed's default group. Its whole state, two integers, is in
+    `state_dict()`: what one rank saves continues the run on every rank, whatever the device.
+
+    Activation checkpointing runs a call again in the backward pass, and must get the same draw. What it restores is the
+    state of PyTorch's global generator on the CPU; so each call takes one number from that, as its ticket, and a call
+    inside a backward pass has the number of the last call with the same ticket.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self.count = 0
+        self._tickets: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Return a new generator on `device` for this call.
+
+        Raises BackendError inside a backward pass for a call that is not found again, and while a CUDA graph is
+        captured, which would repeat one draw for ever.
+        """
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise BackendError(
+                "a DiffLoss with a seed cannot draw while a CUDA graph is captured: pass timesteps and noise"
+            )
+        number = self._number(int(torch.randint(2**62, (), device="cpu")))
+        grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if grouped else 0
+        digest = hashlib.sha256(f"{self.seed} {rank} {number}".encode()).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest[:8]) // 2)
+
+    def _number(self, ticket: int) -> int:
+        with _numbering:
+            # As torch.utils.checkpoint tells that it is in a backward pass.
+            if torch._C._current_graph_task_id() != -1:
+                for earlier, number in reversed(self._tickets):
+                    if earlier == ticket:
+                        return number
+                raise BackendError(
+                    "a DiffLoss with a seed is called again in a backward pass, and the draw is not found: "
+                    "checkpoint with preserve_rng_state=True, or pass timesteps and noise"
+                )
+            number = self.count
+            self.count += 1
+            self._tickets.append((ticket, number))
+            return number
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.seed, self.count])
+
+    def set_extra_state(self, state: object) -> None:
+        if (
+            not isinstance(state, Tensor)
+            or state.shape != (2,)
+            or state.dtype != torch.int64
+            or bool((state < 0).any())
+        ):
+            raise InputError(f"the state of a loss's draws is {state!r}; expected a seed and a count, both >= 0")
+        self.seed, self.count = state.tolist()

@@ -1,0 +1,169 @@
+"""The draws of a loss with a seed: what they depend on, and what of them is saved."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffloss_engine.errors import BackendError, InputError
+from diffloss_trt import DiffLoss
+from diffloss_trt.draws import Draws
+from unets import make_unet
+
+CPU = torch.device("cpu")
+STATE = "draws._extra_state"
+
+
+def draw(draws: Draws, count: int = 4) -> Tensor:
+    return torch.stack([torch.randn(8, generator=draws.generator(CPU)) for _ in range(count)])
+
+
+def test_draws_follow_from_the_seed_alone() -> None:
+    first = draw(Draws(5))
+    torch.manual_seed(1)
+    torch.randn(100)
+    assert torch.equal(draw(Draws(5)), first)
+    assert not torch.isclose(draw(Draws(6)), first).any()
+    rows = first.flatten()
+    assert rows.unique().numel() == rows.numel()
+
+
+def test_one_number_is_taken_from_the_global_generator() -> None:
+    state = torch.get_rng_state()
+    draw(Draws(5), 1)
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    torch.randint(2**62, ())
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_neighbouring_seeds_ranks_and_calls_are_unrelated() -> None:
+    """Noise of one call is not that of another one's next image."""
+    draws = torch.cat([draw(Draws(seed), 50) for seed in range(20)])
+    assert draws.unique(dim=0).shape == (1000, 8)
+    correlation = torch.corrcoef(draws.T)
+    assert correlation.fill_diagonal_(0).abs().max() < 0.15
+    assert draws.mean().abs() < 0.05
+    assert abs(float(draws.std()) - 1) < 0.05
+
+
+def test_copies_go_on_by_themselves() -> None:
+    draws = Draws(5)
+    draw(draws)
+    copies = [copy.deepcopy(draws), pickle.loads(pickle.dumps(draws))]
+    expected = draw(draws)
+    for copied in copies:
+        assert torch.equal(draw(copied), expected)
+        assert not torch.equal(draw(copied), expected)
+    assert not torch.equal(draw(draws), expected)
+
+
+def test_a_call_in_a_backward_pass_repeats_that_with_the_same_ticket() -> None:
+    """Restoring the global generator's state restores the tickets: as checkpointing does it."""
+    draws = Draws(5)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first, other = draw(draws, 1), draw(draws, 1)
+    found: list[Tensor] = []
+
+    def repeat(gradient: Tensor) -> None:
+        torch.set_rng_state(state)
+        found.extend((draw(draws, 1), draw(draws, 1)))
+
+    leaf = torch.ones((), requires_grad=True)
+    leaf.register_hook(repeat)
+    leaf.backward()
+    assert torch.equal(found[0], first)
+    assert torch.equal(found[1], other)
+    assert draws.count == 2
+    # Outside a backward pass the same ticket is that of a new call.
+    torch.set_rng_state(state)
+    assert not torch.equal(draw(draws, 1), first)
+
+
+def test_a_call_that_is_not_found_again_is_an_error() -> None:
+    draws = Draws(5)
+    draw(draws)
+    leaf = torch.ones((), requires_grad=True)
+
+    def repeat(gradient: Tensor) -> None:
+        draws.generator(CPU)
+
+    leaf.register_hook(repeat)
+    with pytest.raises(BackendError, match="the draw is not found: checkpoint with preserve_rng_state=True"):
+        leaf.backward()
+
+
+@pytest.fixture
+def make_loss(scheduler: Any) -> Callable[[int | None], DiffLoss]:
+    """(seed) -> a small loss."""
+    unet = make_unet(dtype=torch.float32)
+    return lambda seed: DiffLoss.from_unet(unet, scheduler, seed=seed, reduction="none")
+
+
+def saved(state: dict[str, Any]) -> dict[str, Any]:
+    """Write and read a state dict as trainers do that trust no pickles."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+def test_the_state_of_the_draws_is_saved_and_nothing_else(make_loss: Callable[[int | None], DiffLoss]) -> None:
+    image, other = torch.rand(2, 2, 3, 16, 16)
+    loss = make_loss(5)
+    loss(image, other)
+    state = saved(loss.state_dict())
+    assert set(state) == {STATE}
+    assert not list(loss.parameters())
+    assert not list(loss.buffers())  # DistributedDataParallel would make them equal on all ranks
+    expected = loss(image, other)
+    resumed = make_loss(0)
+    assert not torch.equal(resumed(image, other), expected)
+    resumed.load_state_dict(state)
+    assert torch.equal(resumed(image, other), expected)
+    assert "seed=5" in repr(resumed)
+    with pytest.raises(InputError, match="the state of a loss's draws is"):
+        resumed.load_state_dict({STATE: torch.tensor([5, -1])})
+    # With and without a seed are two things, which strict loading tells apart.
+    assert not make_loss(None).state_dict()
+    with pytest.raises(RuntimeError, match=f'Unexpected key.*"{STATE}"'):
+        make_loss(None).load_state_dict(state)
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{STATE}"'):
+        resumed.load_state_dict({})
+
+
+def test_a_draw_is_made_where_one_is_needed(make_loss: Callable[[int | None], DiffLoss]) -> None:
+    """And a loss with a seed draws as with a generator: timesteps first, then noise."""
+    image, other = torch.rand(2, 2, 3, 16, 16)
+    loss = make_loss(5)
+    assert loss.draws is not None
+    noise, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([5, 800])
+    loss(image, other, noise=noise, timesteps=timesteps)
+    loss(image, other, generator=torch.Generator())
+    assert loss.draws.count == 0
+    generator = copy.deepcopy(loss.draws).generator(CPU)
+    given = {
+        "timesteps": torch.randint(1000, (2,), generator=generator),
+        "noise": torch.randn(2, 3, 16, 16, generator=generator),
+    }
+    assert torch.equal(loss(image, other), loss(image, other, **given))
+    loss(image, other, noise=noise)
+    loss(image, other, timesteps=timesteps)
+    assert loss.draws.count == 3
+
+
+@pytest.mark.gpu
+def test_no_draw_is_recorded_in_a_cuda_graph() -> None:
+    draws = Draws(5)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(BackendError, match="cannot draw while a CUDA graph is captured"), torch.cuda.graph(graph):
+        draws.generator(torch.device("cuda"))
