@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 from results import write_whole  # noqa: E402
 
 RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "README.md"
-BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 
 # How the names of files begin and what they hold; of which architecture and type of device there should be one.
 BENCHMARKS: Final = {
@@ -121,7 +121,7 @@ def _missing(results: dict[str, Content]) -> str:
 def differences(report: Report, page: Path, root: Path) -> list[str]:
     """Say what of the page and of the pictures below `root` is not as in `report`."""
     start, end = _place(text := page.read_text())
-    found = [] if text[start:end] == report.text else [f"{page.name}, its performance section"]
+    found = [] if text[start:end] == report.text else [f"{page.name}, what is measured"]
     return found + [each.path for each in report.pictures if not shows(root / each.path, each.content)]
 
 

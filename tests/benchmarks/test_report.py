@@ -32,14 +32,14 @@ def test_the_page_and_its_pictures_are_in_step(results: dict[str, Content]) -> N
 def test_another_result_is_noticed(results: dict[str, Content]) -> None:
     results[LOSS_STEP]["rows"][-1]["times_eager"] += 1
     found = differences(make_report(results), PAGE, ROOT)
-    assert found == ["README.md, its performance section", f"docs/images/{LOSS_STEP}.png"]
+    assert found == ["README.md, what is measured", f"docs/images/{LOSS_STEP}.png"]
 
 
 def test_an_edit_of_the_section_is_noticed_and_undone(results: dict[str, Content], tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text(PAGE.read_text().replace("**missed**", "met"))
     report = make_report(results)
-    assert differences(report, page, ROOT) == ["README.md, its performance section"]
+    assert differences(report, page, ROOT) == ["README.md, what is measured"]
     write(report, page, ROOT)
     assert page.read_text() == PAGE.read_text()
 
