@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +33,30 @@ class _Features(nn.Module):
         return encoded.bottleneck, self.tapped.schedule.noise_from(prediction, noisy, timesteps)
 
 
+@contextmanager
+def _tf32_can_be_told() -> Iterator[None]:
+    """Let torch.export ask whether cuDNN may use TF32.
+
+    It does (torch 2.13) in a way that fails after `torch.backends.fp32_precision = "ieee"`. Nothing is computed
+    meanwhile.
+    """
+    cudnn: Any = torch.backends.cudnn
+    kinds = (cudnn.conv, cudnn.rnn)
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        torch._C._get_cudnn_allow_tf32()
+    except RuntimeError:
+        for kind in kinds:
+            kind.fp32_precision = "tf32"
+        try:
+            yield
+        finally:
+            for kind, precision in zip(kinds, before, strict=True):
+                kind.fp32_precision = precision
+    else:
+        yield
+
+
 class Captured:
     """A module's operations on tensors of fixed shapes, without the parts that can be computed in advance.
 
@@ -44,7 +69,7 @@ class Captured:
 
     def __init__(self, name: str, module: nn.Module, inputs: Sequence[Tensor]) -> None:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _tf32_can_be_told():
                 exported = torch.export.export(module, tuple(inputs), strict=False)
         # Whatever the module's own code raises, and a dozen classes of the exporter's.
         except Exception as error:

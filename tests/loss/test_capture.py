@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,3 +216,20 @@ def test_constants_are_computed_in_advance(kind: str) -> None:
     for kernel in kernels:
         gain = kernel.sum().round()
         torch.testing.assert_close(kernel[0, 0].double(), gain * row.outer(row), rtol=1e-6, atol=0)
+
+
+def test_fp32_that_was_asked_for_by_its_new_name() -> None:
+    """`torch.backends.fp32_precision` is the process's, cannot be taken back, and is to stay as it was set."""
+    program = """
+import torch
+torch.backends.fp32_precision = "ieee"
+from diffloss_trt import NoiseSchedule
+from diffloss_trt.capture import CapturedUNet
+from diffloss_trt.unet import TappedUNet
+from unets import make_unet
+unet = make_unet()
+CapturedUNet(TappedUNet(unet, NoiseSchedule(torch.linspace(0.999, 0.01, 1000))), 1, (16, 16), with_noise=False)
+cudnn = torch.backends.cudnn
+assert (torch.backends.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("ieee",) * 3
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
