@@ -65,12 +65,10 @@ def _value_and_gradient(
         raise BackendError("the DiffLoss that this graph was compiled with is gone")
     if target_requires_grad:
         raise InputError(TARGET_REQUIRES_GRAD)
-    images = loss.prepare(restored, target, timesteps, noise)
-    if loss.weights == (0.0, 0.0):
-        total, naturalness, semantic = (images[0].new_zeros(len(restored), dtype=torch.float32) for _ in range(3))
-        return total, naturalness, semantic, images[0].new_zeros(restored.shape, dtype=torch.float32)
-    terms, gradient = loss.evaluator.evaluate(*images, loss.weights)  # type: ignore[attr-defined]
-    return *terms, gradient
+    terms, gradient = loss.evaluate(loss.prepare(restored, target, timesteps, noise))
+    assert gradient is not None  # as a FusedEvaluator computes it
+    total, naturalness, semantic, gradient = (result.float() for result in (*terms, gradient))
+    return total, naturalness, semantic, gradient
 
 
 @_value_and_gradient.register_fake

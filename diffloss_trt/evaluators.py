@@ -34,9 +34,13 @@ from diffloss_trt.contract import (
 )
 from diffloss_trt.gradient import program_version, run_gradient_graph, trace_gradient
 from diffloss_trt.objective import Terms, combine, mean_square
-from diffloss_trt.probe import check_session
+from diffloss_trt.probe import check_session, held_to
+from diffloss_trt.recheck import expect_alike, full_fp32, open_reference
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.unet import Features, TappedUNet, reload_unet
+
+# Restored, target and noise [B, C, H, W], timesteps [B].
+Images = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Evaluator(Protocol):
@@ -187,6 +191,7 @@ class FusedEvaluator(_BundleEvaluator):
         super().__init__(bundle, backend, device)
         self.cuda_graph = cuda_graph
         self.sessions: dict[str, Session] = {}
+        self.references: dict[str, Session] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         make = functools.partial(type(self), cuda_graph=self.cuda_graph)
@@ -239,18 +244,32 @@ class FusedEvaluator(_BundleEvaluator):
         self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
     ) -> tuple[Terms, Tensor]:
         """Return the terms and the gradient of `total` with respect to `restored`, both without a tape."""
-        session = self.session(gradient_graph(weights))
-        results = run_gradient_graph(session, restored, target, noise, timesteps, weights)
-        zero = torch.zeros_like(results[SEMANTIC])
-        naturalness = results.get(NATURALNESS, zero)
-        semantic = results[SEMANTIC] if weights[1] else zero
-        return Terms(combine(naturalness, semantic, *weights), naturalness, semantic), results[GRADIENT]
+        return _evaluate(self.session(gradient_graph(weights)), (restored, target, noise, timesteps), weights)
+
+    def check(self, call: int, images: Images, weights: tuple[float, float], terms: Terms, gradient: Tensor) -> None:
+        """Raise ParityError unless `evaluate` has returned for the first image what eager PyTorch does in fp32."""
+        name = gradient_graph(weights)
+        restored, target, noise, timesteps = (tensor[:1] for tensor in images)
+        with full_fp32():
+            if name not in self.references:
+                self.references[name] = open_reference(self.bundle, name, self.device, self.schedule)
+            expected = _evaluate(self.references[name], (restored, target, noise, timesteps), weights)
+        what = f"call {call:,} of this loss: {self.backend} on {self.device} computes the {name} graph"
+        expect_alike(what, (Terms(*(term[:1] for term in terms)), gradient[:1]), expected, held_to(self, self.bundle))
 
     def terms(
         self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
     ) -> Terms:
         terms, gradient = self.evaluate(restored, target, noise, timesteps, weights)
         return attach(terms, restored, gradient)
+
+
+def _evaluate(session: Session, images: Images, weights: tuple[float, float]) -> tuple[Terms, Tensor]:
+    results = run_gradient_graph(session, *images, weights)
+    zero = torch.zeros_like(results[SEMANTIC])
+    naturalness = results.get(NATURALNESS, zero)
+    semantic = results[SEMANTIC] if weights[1] else zero
+    return Terms(combine(naturalness, semantic, *weights), naturalness, semantic), results[GRADIENT]
 
 
 def gradient_graph(weights: tuple[float, float]) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.errors import InputError, InputTypeError
+from diffloss_trt.nonfinite import nonfinite_images
 
 # How far beyond `value_range` images may go, in widths of the range. Targets come from files and may overshoot by
 # resampling; a network that has just been initialised may be anywhere near, but not at 255 when told 1.
@@ -18,7 +19,13 @@ TARGET_REQUIRES_GRAD = "target requires grad; the loss has no gradient for it: p
 
 
 def check_settings(
-    naturalness_weight: float, semantic_weight: float, reduction: str, value_range: Sequence[float], seed: int | None
+    naturalness_weight: float,
+    semantic_weight: float,
+    reduction: str,
+    value_range: Sequence[float],
+    seed: int | None,
+    nonfinite: str,
+    check_every: int | None = None,
 ) -> tuple[float, float]:
     """Check the settings of a DiffLoss; return `value_range` as (low, high)."""
     for name, weight in (("naturalness_weight", naturalness_weight), ("semantic_weight", semantic_weight)):
@@ -42,6 +49,13 @@ def check_settings(
             raise InputTypeError(f"seed is a {type(seed).__name__}; expected an integer, or None")
         if not 0 <= seed < 2**63:
             raise InputError(f"seed is {seed}; expected 0 to 2**63 - 1")
+    if nonfinite not in ("error", "skip"):
+        raise InputError(f"nonfinite is {nonfinite!r}; expected 'error' or 'skip'")
+    if check_every is not None:
+        if isinstance(check_every, bool) or not isinstance(check_every, int):
+            raise InputTypeError(f"check_every is a {type(check_every).__name__}; expected an integer, or None")
+        if check_every < 1:
+            raise InputError(f"check_every is {check_every}; expected at least 1, or None")
     return low, high
 
 
@@ -56,17 +70,19 @@ def _check_tensor(name: str, image: Tensor, shape: Sequence[int], device: torch.
         raise InputTypeError(f"{name} is on {image.device}; expected {device}, where the loss is")
 
 
-def _check_values(name: str, image: Tensor, low: float, high: float, overshoot: float) -> None:
+def _check_values(name: str, image: Tensor, low: float, high: float, overshoot: float) -> str:
+    """Check the range of the pixels; return what is to be said if some are not finite, or else ""."""
     smallest, largest = image.detach().aminmax()
     values = torch.stack((smallest, largest)).tolist()  # one transfer; NaN anywhere makes both NaN
     if not all(math.isfinite(value) for value in values):
-        raise InputError(f"{name} holds NaN or infinite values")
+        return f"{name} holds NaN or infinite values {nonfinite_images(image)}"
     margin = overshoot * (high - low)
     if values[0] < low - margin or values[1] > high + margin:
         raise InputError(
             f"{name} has values from {values[0]:.4g} to {values[1]:.4g}; "
             f"expected about {low:g} to {high:g} (value_range={low, high})"
         )
+    return ""
 
 
 def check_images(
@@ -79,10 +95,11 @@ def check_images(
     device: torch.device,
     value_range: tuple[float, float],
     values: bool,
-) -> None:
+) -> str:
     """Check a pair of image batches; `resolution` None admits any multiple of `multiple`.
 
-    `values` says whether to look at the pixels too (NaN, infinity, range), which on a GPU waits for it.
+    `values` says whether to look at the pixels too (NaN, infinity, range), which on a GPU waits for it. What is to be
+    said of NaN and infinity in `restored` is returned, not raised, or else "".
     """
     if not isinstance(restored, Tensor):
         raise InputTypeError(f"restored is a {type(restored).__name__}; expected a torch.Tensor")
@@ -102,9 +119,12 @@ def check_images(
     _check_tensor("target", target, shape, device)
     if target.requires_grad:
         raise InputError(TARGET_REQUIRES_GRAD)
-    if values:
-        _check_values("restored", restored, *value_range, RESTORED_OVERSHOOT)
-        _check_values("target", target, *value_range, TARGET_OVERSHOOT)
+    if not values:
+        return ""
+    diverged = _check_values("restored", restored, *value_range, RESTORED_OVERSHOOT)
+    if broken := _check_values("target", target, *value_range, TARGET_OVERSHOOT):
+        raise InputError(broken)
+    return diverged
 
 
 def check_noise(noise: Tensor, restored: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, NamedTuple, Self
@@ -11,14 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import BackendError, BackendUnavailableError, InputError, ParityError
+from diffloss_engine.errors import BackendError, BackendUnavailableError, DiffLossError, InputError, ParityError
 from diffloss_engine.inductor import has_bfloat16
 from diffloss_engine.tensors import concrete_device
+from diffloss_trt.autograd import attach
 from diffloss_trt.compiled import compiled_terms, register
 from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
 from diffloss_trt.draws import Draws
-from diffloss_trt.evaluators import EagerEvaluator, Evaluator, FusedEvaluator, gradient_graph, open_recomputing
+from diffloss_trt.evaluators import (
+    EagerEvaluator,
+    Evaluator,
+    FusedEvaluator,
+    Images,
+    gradient_graph,
+    open_recomputing,
+)
 from diffloss_trt.inputs import check_images, check_noise, check_settings, check_timesteps
+from diffloss_trt.nonfinite import nonfinite_images, nonfinite_results
 from diffloss_trt.objective import Terms, wide
 from diffloss_trt.probe import check_evaluator
 from diffloss_trt.schedule import NoiseSchedule
@@ -28,6 +38,21 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "inductor", "onnxruntime", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx", "torch")
 BACKWARDS = ("fused", "recompute")
+
+
+class Call(NamedTuple):
+    """One call of a loss.
+
+    number: counted from 1.
+    images: what `Evaluator.terms` takes first.
+    looked_at: whether values may be looked at, which in the capture of a CUDA graph they may not.
+    finite: whether `restored` is, as far as was looked.
+    """
+
+    number: int
+    images: Images
+    looked_at: bool
+    finite: bool
 
 
 class DiffLoss(nn.Module):
@@ -51,14 +76,23 @@ class DiffLoss(nn.Module):
         reduction: str = "mean",
         value_range: Sequence[float] = (0.0, 1.0),
         seed: int | None = None,
+        nonfinite: str = "error",
+        check_every: int | None = None,
     ) -> None:
         super().__init__()
-        self.value_range = check_settings(naturalness_weight, semantic_weight, reduction, value_range, seed)
+        self.value_range = check_settings(
+            naturalness_weight, semantic_weight, reduction, value_range, seed, nonfinite, check_every
+        )
+        if check_every is not None and not isinstance(evaluator, FusedEvaluator):
+            raise InputError("check_every is for a bundle and backward='fused': nothing else is held to a tolerance")
         self.naturalness_weight = float(naturalness_weight)
         self.semantic_weight = float(semantic_weight)
         self.reduction = reduction
         self.evaluator = evaluator
         self.draws = None if seed is None else Draws(seed)
+        self.nonfinite = nonfinite
+        self.check_every = check_every
+        self.calls = 0
         self._handle = register(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -77,6 +111,7 @@ class DiffLoss(nn.Module):
         reduction: str = "mean",
         value_range: Sequence[float] = (0.0, 1.0),
         seed: int | None = None,
+        nonfinite: str = "error",
     ) -> Self:
         """Return the loss on eager PyTorch: the reference for every other backend.
 
@@ -87,7 +122,7 @@ class DiffLoss(nn.Module):
         Raises `ModelError` for a UNet or scheduler that cannot be used, `InputError` and `InputTypeError` for bad
         settings; see `load` for those.
         """
-        check_settings(naturalness_weight, semantic_weight, reduction, value_range, seed)
+        check_settings(naturalness_weight, semantic_weight, reduction, value_range, seed, nonfinite)
         schedule = scheduler if isinstance(scheduler, NoiseSchedule) else NoiseSchedule.from_scheduler(scheduler)
         tapped = TappedUNet(unet, schedule)
         return cls(
@@ -97,6 +132,7 @@ class DiffLoss(nn.Module):
             reduction=reduction,
             value_range=value_range,
             seed=seed,
+            nonfinite=nonfinite,
         )
 
     @classmethod
@@ -112,6 +148,8 @@ class DiffLoss(nn.Module):
         value_range: Sequence[float] = (0.0, 1.0),
         cuda_graph: bool = False,
         seed: int | None = None,
+        nonfinite: str = "error",
+        check_every: int | None = None,
     ) -> Self:
         """Return the loss on a bundle that `diffloss-export onnx` wrote.
 
@@ -133,6 +171,11 @@ class DiffLoss(nn.Module):
             seed: of the random draws, >= 0. With one seed the processes of `torch.distributed` draw differently, each
                 by its rank; `state_dict()` holds where they are, so that a resumed training goes on with the same
                 draws. By default they come from PyTorch's global generator.
+            nonfinite: what a call does with NaN or infinity in `restored` or in its results. "error" raises; "skip"
+                logs a warning and returns NaN, with a gradient of NaN, with which `torch.amp.GradScaler` leaves the
+                optimizer's step out.
+            check_every: every so many calls, the results for the first image are compared with eager PyTorch in fp32.
+                That takes the memory of the UNet in fp32 once more. Never by default.
 
         Raises:
             BundleError: the folder is no bundle, or was written by a newer version.
@@ -141,7 +184,7 @@ class DiffLoss(nn.Module):
             ParityError: on the images that the bundle carries, the backend's results are wrong.
             InputError, InputTypeError: a setting cannot be used.
         """
-        check_settings(naturalness_weight, semantic_weight, reduction, value_range, seed)
+        check_settings(naturalness_weight, semantic_weight, reduction, value_range, seed, nonfinite, check_every)
         if backend not in BACKENDS:
             raise InputError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
         if backward is not None and backward not in BACKWARDS:
@@ -160,6 +203,8 @@ class DiffLoss(nn.Module):
             reduction=reduction,
             value_range=value_range,
             seed=seed,
+            nonfinite=nonfinite,
+            check_every=check_every,
         )
 
     @property
@@ -213,9 +258,13 @@ class DiffLoss(nn.Module):
         Raises:
             InputError: wrong rank, channels, size, value range, NaN or infinity, timesteps outside the schedule,
                 or a target that requires grad. On a GPU looking at values waits for the GPU, so it is left out while
-                a CUDA graph is captured.
+                a CUDA graph is captured; that of results too, and the comparison of `check_every`.
             InputTypeError: wrong type, dtype or device.
-            BackendError: a draw of a loss with a seed is to be repeated, and cannot be; see `Draws`.
+            BackendError: of finite images the terms, or the gradient of backward "fused", are not finite; a draw of
+                a loss with a seed is to be repeated, and cannot be; see `Draws`.
+            ParityError: `check_every` has found wrong results.
+
+            With nonfinite "skip", NaN and infinity in `restored` and in the results are not raised; see `load`.
         """
         if torch.compiler.is_compiling():
             if isinstance(self.evaluator, FusedEvaluator) and generator is None:
@@ -223,11 +272,9 @@ class DiffLoss(nn.Module):
             torch._dynamo.graph_break(
                 msg="a DiffLoss breaks the graph unless its backward is fused and it is given no generator"
             )
-        images = self.prepare(restored, target, timesteps, noise, generator)
-        if self.weights == (0.0, 0.0):
-            zero = images[0].flatten(1)[:, :0].sum(1)  # zero, and still attached to `restored`
-            return Terms(zero, zero.detach(), zero.detach())
-        return self.evaluator.terms(*images, self.weights)
+        call = self.prepare(restored, target, timesteps, noise, generator)
+        terms, gradient = self.evaluate(call)
+        return terms if gradient is None else attach(terms, call.images[0], gradient)
 
     @property
     def weights(self) -> tuple[float, float]:
@@ -250,11 +297,13 @@ class DiffLoss(nn.Module):
         timesteps: Tensor | None,
         noise: Tensor | None,
         generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Check what a trainer passes in, draw what it does not, and return what `Evaluator.terms` takes first."""
+    ) -> Call:
+        """Check what a trainer passes in, draw what it does not, and count the call."""
         evaluator = self.evaluator
+        self.calls += 1
+        number = self.calls
         values = self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
-        check_images(
+        diverged = check_images(
             restored,
             target,
             channels=evaluator.channels,
@@ -264,6 +313,8 @@ class DiffLoss(nn.Module):
             value_range=self.value_range,
             values=values,
         )
+        if diverged:
+            self._report(number, InputError, diverged)
         batch, count = len(restored), len(evaluator.schedule)
         if generator is None and self.draws is not None and (timesteps is None or noise is None):
             generator = self.draws.generator(self.device)
@@ -277,7 +328,51 @@ class DiffLoss(nn.Module):
         else:
             check_noise(noise, restored)
         dtype = torch.promote_types(restored.dtype, torch.float32)
-        return self.centred(restored), self.centred(target.to(dtype)), noise.to(dtype), timesteps
+        # A call that is skipped has drawn like any other: the ranks of a training stay in step.
+        images = self.centred(restored), self.centred(target.to(dtype)), noise.to(dtype), timesteps
+        return Call(number, images, values, finite=not diverged)
+
+    def evaluate(self, call: Call) -> tuple[Terms, Tensor | None]:
+        """Return the terms of a call, and the gradient of `total` with respect to `restored` in [-1, 1].
+
+        With a `FusedEvaluator` neither is on a tape. With others `total` is, if one is made, and the gradient None,
+        unless nothing was computed.
+        """
+        if not call.finite:
+            return _constant(call, math.nan)
+        if self.weights == (0.0, 0.0):
+            return _constant(call, 0.0)
+        evaluator, gradient = self.evaluator, None
+        if isinstance(evaluator, FusedEvaluator):
+            terms, gradient = evaluator.evaluate(*call.images, self.weights)
+        else:
+            terms = evaluator.terms(*call.images, self.weights)
+        if not call.looked_at:
+            return terms, gradient
+        if found := nonfinite_results(terms, gradient):
+            self._report(call.number, *self._cause(call, found))
+            return _constant(call, math.nan)
+        if self.check_every is not None and call.number % self.check_every == 0:
+            assert isinstance(evaluator, FusedEvaluator)  # see the constructor
+            assert gradient is not None
+            evaluator.check(call.number, call.images, self.weights, terms, gradient)
+        return terms, gradient
+
+    def _cause(self, call: Call, found: str) -> tuple[type[DiffLossError], str]:
+        """Return the error for results that are not finite, and what it says."""
+        noise = call.images[2]
+        if not bool(noise.isfinite().all()):
+            return InputError, f"noise holds NaN or infinite values {nonfinite_images(noise)}"
+        evaluator = self.evaluator
+        what = f"{evaluator.backend} on {evaluator.device} returned NaN or infinity for finite images: {found}"
+        if isinstance(evaluator, FusedEvaluator) and evaluator.bundle.precision == "fp16":
+            what += "; fp16 ends at 65504, so export this model with --precision bf16 or fp32"
+        return BackendError, what
+
+    def _report(self, number: int, error: type[DiffLossError], what: str) -> None:
+        if self.nonfinite == "error":
+            raise error(f"call {number:,} of this loss: {what}")
+        logger.warning("call %s of this loss is skipped: %s", f"{number:,}", what)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Called by .to(), .cuda() and the like. The module holds no tensors itself: ask where `fn` would put one.
@@ -294,6 +389,12 @@ class DiffLoss(nn.Module):
             f"backend={self.evaluator.backend}, backward={self.evaluator.backward}, device={self.device}, "
             f"reduction={self.reduction}, value_range={self.value_range}{seeded}"
         )
+
+
+def _constant(call: Call, value: float) -> tuple[Terms, Tensor]:
+    """Return terms and a gradient that are `value` throughout."""
+    restored = call.images[0].detach()
+    return Terms(*(restored.new_full((len(restored),), value) for _ in range(3))), torch.full_like(restored, value)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

@@ -167,7 +167,7 @@ def check_session(session: Session, graph: str, bundle: Bundle) -> None:
         return
     probe, expected = found
     result = run_gradient(session, probe, CHECK_WEIGHTS[graph])
-    tolerance = DIFFERENCE[_held_to(session, bundle)]
+    tolerance = DIFFERENCE[held_to(session, bundle)]
     _expect_within(
         f"{session.backend} on {session.device} computes the {graph} graph", result, expected[graph], tolerance
     )
@@ -183,7 +183,7 @@ def check_evaluator(evaluator: Evaluator, bundle: Bundle) -> None:
     if found is None:
         return
     probe, expected = found
-    tolerance = PLAIN[_held_to(evaluator, bundle)]
+    tolerance = PLAIN[held_to(evaluator, bundle)]
     last = len(evaluator.schedule) - 1
     places = {round(place * last) for place in tolerance.places}
     distances = (probe.restored - probe.target).square().flatten(1).mean(1)
@@ -216,7 +216,7 @@ def check_evaluator(evaluator: Evaluator, bundle: Bundle) -> None:
     _expect_within(what, result, expected_there, tolerance)
 
 
-def _held_to(runs: Session | Evaluator, bundle: Bundle) -> str:
+def held_to(runs: Session | Evaluator, bundle: Bundle) -> str:
     """Return the precision whose tolerances hold."""
     if runs.backend != "torch":
         return bundle.precision

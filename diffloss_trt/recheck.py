@@ -1,0 +1,86 @@
+"""Results in the middle of a training beside eager PyTorch's in full fp32: what may differ, and the settings for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from diffloss_engine.bundle import Bundle
+from diffloss_engine.errors import ParityError
+from diffloss_engine.session import Session
+from diffloss_engine.tensors import TensorSpec
+from diffloss_engine.torch_session import TorchSession
+from diffloss_trt.contract import GRADIENT
+from diffloss_trt.gradient import trace_gradient
+from diffloss_trt.objective import Terms
+from diffloss_trt.probe import Result, check_session, deviations
+from diffloss_trt.schedule import NoiseSchedule
+from diffloss_trt.tolerances import DIFFERENCE, Tolerance
+from diffloss_trt.unet import TappedUNet, reload_unet
+
+# A training asks thousands of times, of images that nobody chose, and a false alarm ends it; what this is to find,
+# weights or kernels that are not what they were, is off by more.
+MARGIN: Final = 4
+
+
+def expect_alike(what: str, found: tuple[Terms, Tensor], expected: tuple[Terms, Tensor], precision: str) -> None:
+    """Raise ParityError if terms or gradient of any image differ by more than MARGIN times what `DIFFERENCE` allows.
+
+    The reference's own error is a hundredth of that, or less: see docs/precision.md.
+    """
+    strict = DIFFERENCE[precision]
+    allowed = Tolerance(
+        term=MARGIN * strict.term,
+        gradient=MARGIN * strict.gradient,
+        cosine=1 - MARGIN * (1 - strict.cosine),
+        places=strict.places,
+    )
+    for quantity, error, tolerance in deviations(_result(*found), _result(*expected), allowed):
+        if not error <= tolerance:  # nor if it is not a number
+            raise ParityError(
+                f"{what} wrongly: {quantity} of the first image is off by {error:.2g} from eager PyTorch in fp32, "
+                f"and {tolerance:.2g} is allowed"
+            )
+
+
+def _result(terms: Terms, gradient: Tensor) -> Result:
+    naturalness, semantic, gradient = (x.detach().cpu().double() for x in (terms.naturalness, terms.semantic, gradient))
+    return Result(naturalness, semantic, gradient)
+
+
+def open_reference(bundle: Bundle, graph: str, device: torch.device, schedule: NoiseSchedule) -> Session:
+    """Return a gradient graph for one image in eager PyTorch, in fp32, with weights of its own.
+
+    With what it is to judge it shares the rules of the difference form alone: near the target the plain form in fp32 is
+    further off than what is to be found. On the bundle's images the rules are compared with the plain form in float64.
+
+    Raises as `check_session` does, and BundleError for a UNet that cannot be reloaded.
+    """
+    tapped = TappedUNet(reload_unet(bundle, torch.float32, device), schedule)
+    program = trace_gradient(tapped, 1, bundle.resolution, with_noise=graph == GRADIENT)
+    inputs, outputs = (
+        [TensorSpec.of(name, tensor) for name, tensor in tensors.items()]
+        for tensors in (program.inputs, program.results)
+    )
+    session = TorchSession(program.bind(tapped.unet.state_dict()), inputs, outputs, device)
+    check_session(session, graph, bundle)
+    return session
+
+
+@contextlib.contextmanager
+def full_fp32() -> Iterator[None]:
+    """Let fp32 be fp32 in PyTorch: neither TF32 on a GPU, nor bf16 on a CPU, whatever a trainer has set."""
+    backends: Any = torch.backends  # typed in parts only
+    operations = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [operation.fp32_precision for operation in operations]
+    try:
+        for operation in operations:
+            operation.fp32_precision = "ieee"
+        yield
+    finally:
+        for operation, precision in zip(operations, before, strict=True):
+            operation.fp32_precision = precision
