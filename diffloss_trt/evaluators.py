@@ -15,6 +15,7 @@ from diffloss_engine.bundle import Bundle
 from diffloss_engine.cuda_graph import GraphedSession
 from diffloss_engine.inductor import compile_program, has_bfloat16, open_compiled, package_key
 from diffloss_engine.session import Session, open_graph
+from diffloss_engine.strict_json import expect, expect_positive
 from diffloss_engine.torch_session import TorchSession
 from diffloss_trt.autograd import Cotangents, Recompute, attach
 from diffloss_trt.contract import (
@@ -153,7 +154,8 @@ class _BundleEvaluator:
         self.device = device
         self.schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
         self.resolution = bundle.resolution
-        self.channels = int(bundle.read_json(UNET_CONFIG)["in_channels"])
+        config = expect(bundle.read_json(UNET_CONFIG), dict, UNET_CONFIG)
+        self.channels = expect_positive(config.get("in_channels"), f"{UNET_CONFIG}: in_channels")
         self.resolution_multiple = 1  # there is but one resolution
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

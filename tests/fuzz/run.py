@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,19 +47,22 @@ class Case(NamedTuple):
 
 
 class Judge:
-    """The process that loads the bundles; started again when it has crashed or hung."""
+    """The process that loads the bundles; started again when it has crashed or hung. `errors` is its stderr's file."""
 
-    def __init__(self, reference: Path, seconds: float) -> None:
-        self._command = [sys.executable, str(Path(__file__).with_name("judge.py")), str(reference)]
+    def __init__(self, command: Sequence[str], errors: Path, seconds: float) -> None:
+        self._command = command
+        self._errors = errors
         self._seconds = seconds
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, request: dict[str, str]) -> tuple[str, str]:
         """Return verdict and detail."""
         if self._process is None:
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
+            # Not a pipe, which nobody would empty: diffusers warns at length of settings that it does not know.
+            with self._errors.open("w") as errors:
+                self._process = subprocess.Popen(
+                    self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                )
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -70,8 +74,8 @@ class Judge:
             answer: dict[str, Any] = json.loads(line)
             return answer["verdict"], answer["detail"]
         if ready:
-            _, errors = process.communicate()
-            verdict = "crashed", f"exit status {process.returncode}: {errors[-2000:]}"
+            process.wait()
+            verdict = "crashed", f"exit status {process.returncode}: {self._errors.read_text()[-2000:]}"
         else:
             verdict = "hung", f"no answer in {self._seconds:.0f} s"
         self.close()
@@ -89,7 +93,8 @@ def fuzz(bundle: Path, scratch: Path, seed: int, numbers: range, seconds: float 
     """Alter copies of a bundle, load each in one way, and return what came of them."""
     reference = scratch / "reference.pt"
     torch.save(compute(load(str(bundle), "onnxruntime", "fused")), reference)
-    judge, cases = Judge(reference, seconds), []
+    command = [sys.executable, str(Path(__file__).with_name("judge.py")), str(reference)]
+    judge, cases = Judge(command, scratch / "errors.txt", seconds), []
     try:
         for number in track(numbers, "altering bundles", disable=not sys.stderr.isatty()):
             rng = random.Random(f"{seed} {number}")

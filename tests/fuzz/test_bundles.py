@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fuzz.run import Judge
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
@@ -17,3 +20,16 @@ def test_altered_bundles_are_refused_or_right(count: int) -> None:
     # Both happen: neither is everything refused, nor is nothing looked at.
     assert "refused" in done.stdout
     assert "right" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        ("""print('{"verdict": "right", "detail": "near"}')""", ("right", "near")),
+        ("sys.exit(3)", ("crashed", "exit status 3: " + "x" * 2000)),
+    ],
+)
+def test_judge_may_say_much_on_stderr(end: str, expected: tuple[str, str], tmp_path: Path) -> None:
+    code = f"import sys; sys.stderr.write('x' * 10**6); sys.stderr.flush(); {end}"
+    with contextlib.closing(Judge([sys.executable, "-c", code], tmp_path / "errors.txt", 60)) as judge:
+        assert judge.ask({}) == expected

@@ -216,6 +216,8 @@ def configure(**changes: Any) -> Callable[[Path], None]:
         (configure(mid_block_scale_factor=2), ("torch", "recompute"), ParityError, "is off by"),
         (configure(mid_block_scale_factor="x"), ("torch", "recompute"), BundleError, "UNet cannot be run"),
         (configure(freq_shift="x"), ("onnxruntime", "recompute"), BundleError, "UNet cannot be run"),
+        (configure(in_channels=0), ("onnxruntime", "fused"), BundleError, "in_channels is 0, expected at least 1"),
+        (configure(in_channels=None), ("torch", "fused"), BundleError, "in_channels is null, expected"),
         (configure(layers_per_block=10**100), ("torch", "recompute"), BundleError, "layers_per_block is 1000"),
         (
             configure(up_block_types=["AttnUpBlock2D", 3]),
