@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.errors import BackendError, BackendUnavailableError, BundleError, InputError
+from diffloss_engine.memory import memory_advice
 from diffloss_engine.tensors import DTYPES, TensorSpec, addressable, check_tensors, concrete_device
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class OrtSession:
             session.run_with_iobinding(binding, self._run_options)
         # ONNX Runtime's exceptions share no base class but this one.
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed: {error}") from error
+            raise BackendError(f"ONNX Runtime failed: {error}{memory_advice(error, self.inputs)}") from error
 
 
 _opened: WeakSet[OrtSession] = WeakSet()

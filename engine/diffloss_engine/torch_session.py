@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.errors import BackendError, InputError, InputTypeError
+from diffloss_engine.memory import memory_advice
 from diffloss_engine.tensors import TensorSpec, addressable, check_tensors, concrete_device
 
 
@@ -47,7 +48,8 @@ class TorchSession:
             # Trainers catch this one to try again with a smaller batch.
             raise
         except RuntimeError as error:
-            raise BackendError(f"the {self.backend} program failed: {error}") from error
+            advice = memory_advice(error, self.inputs)
+            raise BackendError(f"the {self.backend} program failed: {error}{advice}") from error
         return self._named(results)
 
     def close(self) -> None:

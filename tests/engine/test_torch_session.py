@@ -56,6 +56,7 @@ def test_inputs_are_checked() -> None:
         (lambda x, y: (x.double(),), "float64"),
         (lambda x, y: (None,), "NoneType"),
         (lambda x, y: (x @ y.view(1, 3),), "torch program failed: .*multiplied"),
+        (lambda x, y: (torch.empty(2**50),), "torch program failed: .*allocate.*too little memory .* batch of 2"),
     ],
 )
 def test_program_that_fails_or_returns_something_else_is_a_backend_error(

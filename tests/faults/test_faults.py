@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import shutil
@@ -17,9 +18,15 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from diffloss_engine.bundle import Bundle, file_sha256
+from diffloss_engine.errors import InputError
 from diffloss_engine.plan_cache import PlanCache
+from diffloss_export.cli import main
+from diffloss_export.models import LoadedModel
+from diffloss_export.pipeline import export_bundle
+from diffloss_trt import NoiseSchedule
 from unets import make_unet
 
+SCHEDULE = NoiseSchedule.from_scheduler(DDPMScheduler())
 Popen = Callable[..., "subprocess.Popen[str]"]
 
 KILLS = [pytest.param(2), pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
@@ -171,3 +178,174 @@ def test_two_exports_into_one_place(export: Popen, tmp_path: Path) -> None:
     assert next(line for line, status in ends.items() if status == 2).endswith("overwriting was not asked for")
     Bundle.open(destination).verify_hashes()
     assert list(tmp_path.iterdir()) == [destination]
+
+
+# Runs a loss with little memory, and then with enough.
+STARVED = """
+import resource, sys
+from pathlib import Path
+import diffusers, onnxruntime, torch
+from diffloss_engine.errors import BackendError
+from diffloss_trt import DiffLoss
+torch.set_num_threads(1)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 150 * 2**20, -1))
+try:
+    DiffLoss.load(sys.argv[1], "onnxruntime", "cpu")
+except BackendError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+loss = DiffLoss.load(sys.argv[1], "onnxruntime", "cpu")
+print(bool(loss(*torch.rand(2, 3, 3, 64, 64)) > 0))
+"""
+
+
+def test_an_engine_that_runs_out_of_memory(tmp_path: Path) -> None:
+    """It says what to do, and the process can go on."""
+    assert main(["onnx", "builtin", "-o", str(tmp_path / "bundle"), "--batch-size", "4"]) == 0
+    command = [sys.executable, "-c", STARVED, str(tmp_path / "bundle")]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    advice, works = run.stdout.splitlines()
+    assert "too little memory for the engine's batch of 4" in advice
+    assert works == "True"
+
+
+# Trains for 12 steps, from its last checkpoint on if there is one, and leaves the weights.
+TRAINER = """
+import os, sys
+from pathlib import Path
+import torch
+import torch.nn.functional as F
+from diffloss_trt import DiffLoss
+torch.set_num_threads(1)
+bundle, folder = map(Path, sys.argv[1:])
+loss_fn = DiffLoss.load(bundle, "onnxruntime", "cpu", 1.0, 0.5, seed=7)
+torch.manual_seed(0)
+network = torch.nn.Conv2d(3, 3, 3, padding=1)
+optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+first = 0
+if (folder / "last.pt").exists():
+    state = torch.load(folder / "last.pt", weights_only=True)
+    first = state["step"]
+    for name, part in (("network", network), ("optimizer", optimizer), ("loss", loss_fn)):
+        part.load_state_dict(state[name])
+for step in range(first, 12):
+    generator = torch.Generator().manual_seed(step)
+    target = torch.rand(4, 3, 16, 16, generator=generator)
+    restored = network(target + 0.1 * torch.randn(target.shape, generator=generator))
+    loss = F.mse_loss(restored, target) + loss_fn(restored, target)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    state = {"step": step + 1, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state | {"loss": loss_fn.state_dict()}, folder / "new.pt")
+    os.replace(folder / "new.pt", folder / "last.pt")
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_trainings_go_on_as_if_nothing_had_been(kills: int, tmp_path: Path, seed: int) -> None:
+    bundle = tmp_path / "bundle"
+    export_bundle(LoadedModel(make_unet(dtype=torch.float32), SCHEDULE, "test", ()), bundle, batch_size=4)
+
+    def start(folder: Path) -> subprocess.Popen[str]:
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-c", TRAINER, str(bundle), str(folder)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def weights(folder: Path) -> dict[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = torch.load(folder / "last.pt", weights_only=True)["network"]
+        return state
+
+    start(tmp_path / "undisturbed").communicate()
+    expected, rng, turn = weights(tmp_path / "undisturbed"), random.Random(seed), 0
+    while kills:
+        folder, turn = tmp_path / f"killed{turn}", turn + 1
+        while (process := start(folder)).stdout is not None:
+            # After that step, and at any moment of the next ones.
+            line = next((line for line in process.stdout if rng.random() < 0.3 and kills), None)
+            if line is not None:
+                time.sleep(rng.uniform(0, 0.05))
+                process.kill()
+                kills -= 1
+            process.communicate()
+            if process.returncode == 0:
+                break
+        found = weights(folder)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert turn > 0
+
+
+def test_a_cache_of_tomorrow(tmp_path: Path) -> None:
+    """Where the clock was set back: nothing asks how old a plan or a lock is."""
+    cache, key = PlanCache(tmp_path / "plans"), {"number": 1}
+    assert bytes(cache.get(key, lambda: b"plan")) == b"plan"
+    tomorrow = time.time() + 86400
+    for path in (cache.folder, *cache.folder.iterdir()):
+        os.utime(path, (tomorrow, tomorrow))
+    assert bytes(cache.get(key, lambda: pytest.fail("it was built again"))) == b"plan"
+    cache.reject(key, "to be built again")
+    assert bytes(cache.get(key, lambda: b"another")) == b"another"
+
+
+BUILDER = """
+import sys, time
+from pathlib import Path
+from diffloss_engine.plan_cache import PlanCache
+def build():
+    print("built", flush=True)
+    time.sleep(0.5)
+    return b"plan"
+assert bytes(PlanCache(Path(sys.argv[1])).get({"number": 1}, build)) == b"plan"
+"""
+
+
+def test_two_builds_into_one_place_build_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BUILDER, str(tmp_path / "plans")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = "".join(process.communicate()[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert said == "built\n"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """(options) -> the folder of a new file system in memory."""
+    mounted = []
+
+    def mount(options: str) -> Path:
+        place = tmp_path / f"disk{len(mounted)}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no file system can be mounted here")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_small_disk(export: Popen, small_disk: Callable[[str], Path]) -> None:
+    """A whole bundle does not fit, and nothing is left of it; nor does a plan, and it is used all the same."""
+    disk = small_disk("size=300k")
+    _, errors = (process := export(disk / "bundle")).communicate()
+    assert process.returncode == 2
+    assert "Traceback" not in errors
+    assert "No space left on device" in errors.splitlines()[-1]
+    assert list(disk.iterdir()) == []
+    cache = PlanCache(disk / "plans")
+    assert bytes(cache.get({"number": 1}, lambda: bytes(2**20))) == bytes(2**20)
+    assert not list(cache.folder.glob("*.plan"))
+
+
+def test_read_only_disk(export: Popen, small_disk: Callable[[str], Path]) -> None:
+    disk = small_disk("ro")
+    _, errors = (process := export(disk / "bundle")).communicate()
+    assert process.returncode == 2
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].endswith(f"the folder {disk} is not writable")
+    with pytest.raises(InputError, match="Read-only file system"):
+        PlanCache(disk / "plans").get({"number": 1}, lambda: b"plan")

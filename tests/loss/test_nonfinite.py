@@ -218,7 +218,7 @@ def test_compiled_steps_do_the_same(
         training.step(0)
         before = training.weights
         if nonfinite == "error":
-            with pytest.raises(error, match="^call 2 of this loss: .*NaN or infinit"):
+            with pytest.raises(error, match=r"^call 2 of this loss: .*NaN or infinit"):
                 training.step(1, **bad)  # type: ignore[arg-type]
         else:
             assert training.step(1, **bad).isnan()  # type: ignore[arg-type]

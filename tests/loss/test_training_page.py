@@ -49,7 +49,7 @@ def run(piece: int, names: dict[str, Any]) -> bool:
 
 
 def test_every_piece_of_code_is_run_here() -> None:
-    assert len(PIECES) == 3
+    assert len(PIECES) == 4
 
 
 def test_distributed(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,3 +79,13 @@ def test_saved_and_resumed(names: dict[str, Any]) -> None:
     other = DiffLoss.load("bundle", device="cpu", seed=0)
     other.load_state_dict(torch.load("last.pt", weights_only=True)["loss"])
     assert torch.equal(other(*images), loss(*images))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the page leaves it to its reader to move images to a GPU")
+def test_skipping(names: dict[str, Any]) -> None:
+    assert run(3, names)
+    degraded, target = names["loader"].dataset.tensors
+    names["loader"] = [(degraded, target), (degraded * torch.nan, target)]
+    assert run(3, names)
+    assert all(bool(tensor.isfinite().all()) for tensor in names["network"].state_dict().values())
+    assert names["scaler"].get_scale() == 0.5
