@@ -1,7 +1,7 @@
-"""The photographs that scikit-image and scikit-learn carry inside their wheels, as float tensors.
+"""The photographs that scikit-image, scikit-learn and matplotlib carry inside their wheels, as float tensors.
 
 `TRAINING` may be learned from; `HELD_OUT` is for evaluation alone and is never seen by the prior
-or by the restoration networks.
+or by the restoration networks. Nor is `VALIDATION`, by which settings may be chosen.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import skimage.data
 import torch
+from matplotlib.cbook import get_sample_data
+from matplotlib.image import imread
 from sklearn.datasets import load_sample_image
 
 TRAINING: dict[str, Callable[[], np.ndarray]] = {
@@ -33,13 +35,18 @@ HELD_OUT: dict[str, Callable[[], np.ndarray]] = {
     "coffee": skimage.data.coffee,
     "rocket": skimage.data.rocket,
 }
+VALIDATION: dict[str, Callable[[], np.ndarray]] = {
+    "clock": skimage.data.clock,
+    "hopper": lambda: imread(get_sample_data("grace_hopper.jpg", asfileobj=False)),
+}
 
 
 def load(name: str) -> torch.Tensor:
     """Return photograph `name` as float32 [3, H, W] in [0, 1]; greyscale ones are repeated to RGB."""
-    read = {**TRAINING, **HELD_OUT}.get(name)
+    photographs = {**TRAINING, **HELD_OUT, **VALIDATION}
+    read = photographs.get(name)
     if read is None:
-        raise KeyError(f"no photograph {name!r}; there are {sorted([*TRAINING, *HELD_OUT])}")
+        raise KeyError(f"no photograph {name!r}; there are {sorted(photographs)}")
     pixels = read()
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, axis=2)

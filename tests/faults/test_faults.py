@@ -312,7 +312,7 @@ def test_two_builds_into_one_place_build_once(tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """(options) -> the folder of a new file system in memory."""
-    mounted = []
+    mounted: list[Path] = []
 
     def mount(options: str) -> Path:
         place = tmp_path / f"disk{len(mounted)}"
