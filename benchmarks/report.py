@@ -125,6 +125,14 @@ def differences(report: Report, page: Path, root: Path) -> list[str]:
     return found + [each.path for each in report.pictures if not shows(root / each.path, each.content)]
 
 
+def complain(report: Report, page: Path, source: str, script: str) -> int:
+    """Print what is out of step with `source`, and by which script that is mended; return the exit status."""
+    found = differences(report, page, ROOT)
+    for what in found:
+        print(f"{what}: not what {source} says; run python {script}", file=sys.stderr)
+    return 1 if found else 0
+
+
 def write(report: Report, page: Path, root: Path) -> None:
     """Write the section into the page, and draw the pictures below `root`."""
     start, end = _place(text := page.read_text())
@@ -143,13 +151,10 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only say what is out of step")
     args = parser.parse_args()
     report = make_report(load(RESULTS))
-    if not args.check:
-        write(report, PAGE, ROOT)
-        return 0
-    found = differences(report, PAGE, ROOT)
-    for what in found:
-        print(f"{what}: not what benchmarks/results says; run python benchmarks/report.py", file=sys.stderr)
-    return 1 if found else 0
+    if args.check:
+        return complain(report, PAGE, "benchmarks/results", "benchmarks/report.py")
+    write(report, PAGE, ROOT)
+    return 0
 
 
 if __name__ == "__main__":

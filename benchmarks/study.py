@@ -28,7 +28,6 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from machine import describe
-from measures import quality
 from plain import PlainLoss
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Generator, Tensor
@@ -43,19 +42,21 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from arguments import OneLineParser, output_folder, positive_integer  # noqa: E402
 from degradations import DEGRADATIONS, Degradation  # noqa: E402
+from measures import quality  # noqa: E402
 from photographs import HELD_OUT, TRAINING, VALIDATION, RandomCrops, load  # noqa: E402
 from restoration_network import RestorationNetwork  # noqa: E402
-from results import to_picture, write_json, write_picture, write_whole  # noqa: E402
+from results import to_picture, write_json, write_picture  # noqa: E402
 
 RESULT: Final = ROOT / "benchmarks/results/study.json"
 SEEDS: Final = (0, 1, 2)
 BATCH_SIZE, SIDE = 4, 64
 STEPS, START_STEPS = 300, 900
 LEARNING_RATE, LEARNING_RATE_FROM_START = 3e-3, 5e-4
-# Photographs and place of the crops that are shown: top, left and side, in pixels.
-SHOWN: Final = {"coffee": (60, 210, 144)}
+# The crop that is shown: a photograph; top, left and side, in pixels.
+SHOWN: Final = ("coffee", (60, 210, 144))
 
-WEIGHTS: Final = (0.1, 1e-3)
+WEIGHTS: Final = (0.1, 1e-3)  # of naturalness and semantic
+TERMS: Final = {"naturalness": (WEIGHTS[0], 0.0), "semantic": (0.0, WEIGHTS[1]), "both": WEIGHTS}
 EVERYWHERE: Final = (0, 1000)
 NONE: Final = "none"
 FUSED: Final = "fp32"
@@ -63,6 +64,7 @@ FUSED: Final = "fp32"
 FORMS: Final = (NONE, FUSED, "bf16 difference", "bf16 autocast", "fp16")
 NOISE: Final = "noise"
 
+Setting = tuple[tuple[float, float], tuple[int, int]]  # weights; timesteps, [low, high)
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (restored, target, timesteps, noise) -> the batch's mean
 
 
@@ -106,10 +108,8 @@ def without(task: str, seed: int) -> Run:
 
 def terms_runs() -> list[Run]:
     """Each term alone, both, and neither."""
-    naturalness, semantic = WEIGHTS
-    pairs = ((naturalness, 0.0), (0.0, semantic), (naturalness, semantic))
     cases = list(itertools.product(DEGRADATIONS, SEEDS))
-    return [without(*case) for case in cases] + [Run(*case, *pair) for case in cases for pair in pairs]
+    return [without(*case) for case in cases] + [Run(*case, *pair) for case in cases for pair in TERMS.values()]
 
 
 def precision_runs() -> list[Run]:
@@ -121,7 +121,7 @@ def precision_runs() -> list[Run]:
     ]
 
 
-def settings() -> list[tuple[tuple[float, float], tuple[int, int]]]:
+def settings() -> list[Setting]:
     """Return the weights and timesteps that are tried: less of the loss, and parts of the schedule.
 
     In what is left of it, from 500 on, the gradient is a thousandth of the pixel loss's.
@@ -130,15 +130,15 @@ def settings() -> list[tuple[tuple[float, float], tuple[int, int]]]:
     return [(WEIGHTS, EVERYWHERE), (less, EVERYWHERE), (WEIGHTS, (0, 250)), (WEIGHTS, (250, 500))]
 
 
-def settings_runs(chosen: Sequence[tuple[tuple[float, float], tuple[int, int]]], seeds: Iterable[int]) -> list[Run]:
+def settings_runs(chosen: Sequence[Setting], seeds: Iterable[int]) -> list[Run]:
     """Return the trainings with some of `settings`."""
     return [Run(task, seed, *weights, *part) for weights, part in chosen for task in DEGRADATIONS for seed in seeds]
 
 
-def choose(results: Sequence[dict[str, Any]]) -> tuple[tuple[float, float], tuple[int, int]]:
+def choose(results: Sequence[dict[str, Any]]) -> Setting:
     """Return the setting with the lowest GMSD on the photographs of `VALIDATION`, the mean over the tasks at seed 0."""
 
-    def mean(setting: tuple[tuple[float, float], tuple[int, int]]) -> float:
+    def mean(setting: Setting) -> float:
         names = {run.name for run in settings_runs([setting], SEEDS[:1])}
         values = [
             result["quality"][photograph]["gmsd"]
@@ -160,18 +160,20 @@ def make_loss(run: Run, folder: Path) -> Loss | None:
         return None
     if run.form in (FUSED, "bf16 difference"):
         backend = "onnxruntime" if run.form == FUSED else "inductor"
-        loss = DiffLoss.load(folder / f"bundle-{run.form[:4]}", backend, "cpu", *run.weights)
-        return lambda restored, target, timesteps, noise: loss(restored, target, timesteps=timesteps, noise=noise)
+        return _called(DiffLoss.load(folder / f"bundle-{run.form[:4]}", backend, "cpu", *run.weights))
     model = load_model("builtin")
     return PlainLoss(TappedUNet(model.unet, model.schedule), run.form, run.weights)
 
 
-def push(loss: Loss, restored: Tensor, target: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[float, Tensor]:
-    """Return the loss and its gradient at the restored images."""
+def _called(loss: DiffLoss) -> Loss:
+    return lambda restored, target, timesteps, noise: loss(restored, target, timesteps=timesteps, noise=noise)
+
+
+def push(loss: Callable[..., Tensor], restored: Tensor, *others: Tensor) -> Tensor:
+    """Return the gradient of `loss(restored, *others)` at the restored images."""
     leaf = restored.detach().requires_grad_()
-    value = loss(leaf, target, timesteps, noise)
-    (gradient,) = torch.autograd.grad(value, leaf)
-    return value.item(), gradient
+    (gradient,) = torch.autograd.grad(loss(leaf, *others), leaf)
+    return gradient
 
 
 def train(run: Run, folder: Path) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     network = RestorationNetwork()
     rate = LEARNING_RATE
-    if run.task == NOISE and (start := folder / f"start-{run.seed}.pt").exists():
+    if run.task == NOISE and (start := start_of(run.seed, folder).with_suffix(".pt")).exists():
         network.load_state_dict(torch.load(start, weights_only=True))
         rate = LEARNING_RATE_FROM_START
     loss, schedule, degrade = make_loss(run, folder), load_model("builtin").schedule, TASKS[run.task]
@@ -197,11 +199,11 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     for step in range(run.steps):
         target = crops.batch(BATCH_SIZE)
         restored = network(degrade(target, degrading))
-        _, gradient = push(lambda restored, target, *_: F.mse_loss(restored, target), restored, target, *[restored] * 2)
+        gradient = push(F.mse_loss, restored, target)
         # Drawn by every run, so that what follows is the same for all.
         timesteps, noise = sampler(BATCH_SIZE), torch.randn(target.shape, generator=diffusing)
         if loss is not None:
-            _, pushed = push(loss, restored, target, timesteps, noise)
+            pushed = push(loss, restored, target, timesteps, noise)
             shares.append(float(pushed.norm() / gradient.norm()))
             gradient = gradient + pushed
         optimizer.zero_grad()
@@ -221,8 +223,8 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     if run.task == NOISE and loss is not None:
         result["gradient_error"] = gradient_error(loss, run, network)
     if run.seed == SEEDS[0] and run.task in DEGRADATIONS:
-        for photograph, place in SHOWN.items():
-            write_picture(to_picture(cut(restore(network, run.task, photograph), place)), folder / f"{run.name}.png")
+        photograph, place = SHOWN
+        write_picture(to_picture(cut(restore(network, run.task, photograph), place)), folder / f"{run.name}.png")
     torch.save(network.state_dict(), folder / f"{run.name}.pt")
     return result | {"seconds": round(time.monotonic() - started, 1)}
 
@@ -268,10 +270,8 @@ def gradient_error(loss: Loss, run: Run, network: RestorationNetwork) -> float:
         rows = slice(first, first + BATCH_SIZE)
         timesteps = torch.linspace(run.low + 10, run.high - 100, BATCH_SIZE).long()
         noise = torch.randn(target[rows].shape, generator=generator)
-        _, found = push(loss, restored[rows], target[rows], timesteps, noise)
-        leaf = restored[rows].double().requires_grad_()
-        value = exact(leaf, target[rows].double(), timesteps=timesteps, noise=noise.double())
-        (expected,) = torch.autograd.grad(value, leaf)
+        found = push(loss, restored[rows], target[rows], timesteps, noise)
+        expected = push(_called(exact), restored[rows].double(), target[rows].double(), timesteps, noise.double())
         difference = (found.double() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
         errors += difference.tolist()
     return float(torch.tensor(errors).median())
@@ -299,6 +299,11 @@ def do(runs: Iterable[Run], folder: Path, processes: int, bar: Callable[[int, in
     return [json.loads((folder / f"{run.name}.json").read_text()) for run in every]
 
 
+def start_of(seed: int, folder: Path) -> Path:
+    """Return the path, without suffix, of what is kept of the training that makes the good network of a seed."""
+    return folder / "starts" / without(NOISE, seed).name
+
+
 def prepare(folder: Path, processes: int) -> None:
     """Export the prior in both precisions, and train the networks that are good already."""
     for precision in ("fp32", "bf16"):
@@ -309,9 +314,6 @@ def prepare(folder: Path, processes: int) -> None:
     starts = folder / "starts"
     starts.mkdir(exist_ok=True)
     do([Run(NOISE, seed, form=NONE, steps=START_STEPS) for seed in SEEDS], starts, processes, lambda *_: None)
-    for seed in SEEDS:
-        weights = (starts / f"{without(NOISE, seed).name}.pt").read_bytes()
-        write_whole(weights, folder / f"start-{seed}.pt")
 
 
 def main() -> int:
@@ -337,7 +339,7 @@ def main() -> int:
         tried = work(settings_runs(settings(), SEEDS[:1]), bar=bar("settings"))
         chosen = choose(tried)
         confirmed = work(settings_runs([chosen], SEEDS), bar=bar("the chosen setting"))
-    starts = [json.loads((folder / "starts" / f"{without(NOISE, seed).name}.json").read_text()) for seed in SEEDS]
+    starts = [json.loads(start_of(seed, folder).with_suffix(".json").read_text()) for seed in SEEDS]
     results = {result["name"]: result for result in (*terms, *precision, *tried, *confirmed)}
     write_json(
         describe() | {"chosen": chosen, "starts": starts, "runs": list(results.values())},

@@ -17,7 +17,7 @@ from diffloss_engine.inductor import compile_program, has_bfloat16, open_compile
 from diffloss_engine.session import Session, open_graph
 from diffloss_engine.strict_json import expect, expect_positive
 from diffloss_engine.torch_session import TorchSession
-from diffloss_trt.autograd import Cotangents, Recompute, attach
+from diffloss_trt.autograd import Cotangents, Recompute
 from diffloss_trt.contract import (
     BOTTLENECK,
     ENCODER,
@@ -258,12 +258,6 @@ class FusedEvaluator(_BundleEvaluator):
             expected = _evaluate(self.references[name], (restored, target, noise, timesteps), weights)
         what = f"call {call:,} of this loss: {self.backend} on {self.device} computes the {name} graph"
         expect_alike(what, (Terms(*(term[:1] for term in terms)), gradient[:1]), expected, held_to(self, self.bundle))
-
-    def terms(
-        self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
-    ) -> Terms:
-        terms, gradient = self.evaluate(restored, target, noise, timesteps, weights)
-        return attach(terms, restored, gradient)
 
 
 def _evaluate(session: Session, images: Images, weights: tuple[float, float]) -> tuple[Terms, Tensor]:

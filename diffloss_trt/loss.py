@@ -69,7 +69,7 @@ class DiffLoss(nn.Module):
 
     def __init__(
         self,
-        evaluator: Evaluator,
+        evaluator: Evaluator | FusedEvaluator,
         *,
         naturalness_weight: float = 1e-3,
         semantic_weight: float = 1e-6,
@@ -436,7 +436,7 @@ class _Wanted(NamedTuple):
     weights: tuple[float, float]
 
 
-def _open(bundle: Bundle, backend: str, device: torch.device, wanted: _Wanted) -> Evaluator:
+def _open(bundle: Bundle, backend: str, device: torch.device, wanted: _Wanted) -> Evaluator | FusedEvaluator:
     if backend == "auto":
         return _open_fastest(bundle, device, wanted)
     if wanted.fused:
@@ -459,7 +459,7 @@ def _fastest_first(bundle: Bundle, device: torch.device, fused: bool) -> tuple[s
     return ("onnxruntime", *(["inductor"] if compiles else []), "torch")
 
 
-def _open_fastest(bundle: Bundle, device: torch.device, wanted: _Wanted) -> Evaluator:
+def _open_fastest(bundle: Bundle, device: torch.device, wanted: _Wanted) -> Evaluator | FusedEvaluator:
     """Open the first backend that runs here and computes rightly, and say which, and why not those before it."""
     *candidates, last = _fastest_first(bundle, device, wanted.fused)
     reasons, level = "", logging.INFO

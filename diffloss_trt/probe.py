@@ -25,7 +25,8 @@ from diffloss_trt.gradient import run_gradient_graph
 from diffloss_trt.tolerances import DIFFERENCE, PLAIN, PLAIN_DB, Tolerance
 
 if TYPE_CHECKING:
-    from diffloss_trt.evaluators import Evaluator
+    from diffloss_trt.evaluators import Evaluator, FusedEvaluator
+    from diffloss_trt.objective import Terms
 
 # The weights of naturalness and semantic with which each gradient graph is compared: balanced, so that an error in
 # either term shows in the gradient.
@@ -78,6 +79,11 @@ class Result:
     naturalness: Tensor | None
     semantic: Tensor
     gradient: Tensor
+
+    @classmethod
+    def of(cls, terms: Terms, gradient: Tensor) -> Result:
+        """Return terms and a gradient, on any device, without their tape."""
+        return cls(*(part.detach().cpu().double() for part in (terms.naturalness, terms.semantic, gradient)))
 
     def part(self, rows: Sequence[int]) -> Result:
         """Return some of the samples."""
@@ -211,12 +217,12 @@ def check_evaluator(evaluator: Evaluator, bundle: Bundle) -> None:
     # A configuration may say anything, and diffusers looks at most of it only when it computes.
     except Exception as error:
         raise BundleError(f"{bundle.path}: its UNet cannot be run: {error}") from error
-    result = Result(*(x.detach().cpu().double() for x in (terms.naturalness, terms.semantic, gradient)))
+    result = Result.of(terms, gradient)
     what = f"{evaluator.backend} on {evaluator.device} computes the loss"
     _expect_within(what, result, expected_there, tolerance)
 
 
-def held_to(runs: Session | Evaluator, bundle: Bundle) -> str:
+def held_to(runs: Session | Evaluator | FusedEvaluator, bundle: Bundle) -> str:
     """Return the precision whose tolerances hold."""
     if runs.backend != "torch":
         return bundle.precision
@@ -224,10 +230,14 @@ def held_to(runs: Session | Evaluator, bundle: Bundle) -> str:
     return "fp32" if runs.device.type == "cpu" else ("bf16" if bundle.precision == "bf16" else "fp16")
 
 
+def first_beyond(found: Result, expected: Result, allowed: Tolerance) -> Deviation | None:
+    """Return the first quantity that is further off than is allowed, or is not a number; None if there is none."""
+    return next((row for row in deviations(found, expected, allowed) if not row.error <= row.tolerance), None)
+
+
 def _expect_within(what: str, found: Result, expected: Result, allowed: Tolerance) -> None:
-    for quantity, error, tolerance in deviations(found, expected, allowed):
-        if not error <= tolerance:  # nor if it is not a number
-            raise ParityError(
-                f"{what} wrongly: on the images that the bundle carries for this check, "
-                f"{quantity} is off by {error:.2g}, and {tolerance:.2g} is allowed"
-            )
+    if beyond := first_beyond(found, expected, allowed):
+        raise ParityError(
+            f"{what} wrongly: on the images that the bundle carries for this check, "
+            f"{beyond.quantity} is off by {beyond.error:.2g}, and {beyond.tolerance:.2g} is allowed"
+        )

@@ -17,7 +17,7 @@ from diffloss_engine.torch_session import TorchSession
 from diffloss_trt.contract import GRADIENT
 from diffloss_trt.gradient import trace_gradient
 from diffloss_trt.objective import Terms
-from diffloss_trt.probe import Result, check_session, deviations
+from diffloss_trt.probe import Result, check_session, first_beyond
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.tolerances import DIFFERENCE, Tolerance
 from diffloss_trt.unet import TappedUNet, reload_unet
@@ -39,17 +39,11 @@ def expect_alike(what: str, found: tuple[Terms, Tensor], expected: tuple[Terms, 
         cosine=1 - MARGIN * (1 - strict.cosine),
         places=strict.places,
     )
-    for quantity, error, tolerance in deviations(_result(*found), _result(*expected), allowed):
-        if not error <= tolerance:  # nor if it is not a number
-            raise ParityError(
-                f"{what} wrongly: {quantity} of the first image is off by {error:.2g} from eager PyTorch in fp32, "
-                f"and {tolerance:.2g} is allowed"
-            )
-
-
-def _result(terms: Terms, gradient: Tensor) -> Result:
-    naturalness, semantic, gradient = (x.detach().cpu().double() for x in (terms.naturalness, terms.semantic, gradient))
-    return Result(naturalness, semantic, gradient)
+    if beyond := first_beyond(Result.of(*found), Result.of(*expected), allowed):
+        raise ParityError(
+            f"{what} wrongly: {beyond.quantity} of the first image is off by {beyond.error:.2g} from eager PyTorch in "
+            f"fp32, and {beyond.tolerance:.2g} is allowed"
+        )
 
 
 def open_reference(bundle: Bundle, graph: str, device: torch.device, schedule: NoiseSchedule) -> Session:

@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from arguments import OneLineParser, output_folder, positive_integer, weight
 from degradations import DEGRADATIONS, Degradation
 from diffloss_engine.errors import DiffLossError
 from diffloss_trt import DiffLoss
+from measures import fidelity
 from photographs import HELD_OUT, TRAINING, RandomCrops, load
 from restoration_network import RestorationNetwork
 from results import labelled_grid, markdown_table, write_figure, write_json, write_picture, write_whole
@@ -82,13 +82,6 @@ def held_out(name: str) -> Tensor:
     return photograph[None, :, top : top + EVALUATED, left : left + EVALUATED]
 
 
-def quality(restored: Tensor, target: Tensor) -> tuple[float, float]:
-    """Return PSNR in dB and SSIM of an image [3, H, W], clamped to [0, 1]."""
-    a, b = restored.clamp(0, 1).numpy(), target.numpy()
-    psnr = peak_signal_noise_ratio(b, a, data_range=1)
-    return float(psnr), float(structural_similarity(b, a, channel_axis=0, data_range=1))
-
-
 @torch.no_grad()
 def evaluate(task: str, degrade: Degradation, runs: dict[str, Run], out: Path) -> list[dict[str, str | float]]:
     """Restore the held-out photographs; write the grid of pictures and return PSNR and SSIM of each."""
@@ -102,7 +95,7 @@ def evaluate(task: str, degrade: Degradation, runs: dict[str, Run], out: Path) -
         pictures.append([*(image[0] for image in images.values()), target[0]])
         texts = []
         for column, image in images.items():
-            psnr, ssim = quality(image[0], target[0])
+            psnr, ssim = fidelity(image[0], target[0])
             rows.append({"task": task, "photograph": name, "image": column, "psnr": psnr, "ssim": ssim})
             texts.append(f"{psnr:.2f} dB, {ssim:.3f}")
         captions.append([*texts, name])

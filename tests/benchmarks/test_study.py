@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from measures import detail, gmsd, quality
 from plain import PlainLoss, RoundedToHalf
 from report import differences
 from study import NOISE, NONE, RESULT, ROOT, WEIGHTS, Run, choose, make_loss, settings, settings_runs, train
@@ -21,6 +20,7 @@ from diffloss_export.cli import main
 from diffloss_export.models import load_model
 from diffloss_trt import DiffLoss
 from diffloss_trt.unet import TappedUNet
+from measures import detail, gmsd, quality
 from photographs import VALIDATION, load
 
 

@@ -142,7 +142,7 @@ def test_fused_gradient_needs_no_unet_in_pytorch(exported: Exported, batch: Batc
     loss, reference = losses(exported, "onnxruntime")
     assert isinstance(loss.evaluator, FusedEvaluator)
     assert not [value for value in vars(loss.evaluator).values() if isinstance(value, torch.nn.Module)]
-    calls = count_calls(reference.evaluator.unet.unet)  # type: ignore[attr-defined]
+    calls = count_calls(reference.evaluator.unet.unet)  # type: ignore[union-attr]
     value_and_gradient(loss, batch, torch.float32)
     assert not calls
 

@@ -160,7 +160,7 @@ def test_without_a_scaler_the_weights_are_lost(exported: Exported) -> None:
 
 def test_the_engine_is_not_run_on_what_is_no_image(exported: Exported) -> None:
     loss = DiffLoss.load(exported[0], "onnxruntime", "cpu", nonfinite="skip", seed=1)
-    loss.evaluator.session("gradient").close()  # type: ignore[attr-defined]
+    loss.evaluator.session("gradient").close()  # type: ignore[union-attr]
     degraded, target = batch(0)
     degraded[2, 0, 0, 0] = math.inf
     degraded.requires_grad_()

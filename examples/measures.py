@@ -22,13 +22,15 @@ _GMSD_CONSTANT = 170 / 255**2
 def quality(restored: Tensor, target: Tensor) -> dict[str, float]:
     """Return every measure of an image, float32 [3, H, W] in [0, 1] (restored is clamped), by name."""
     restored = restored.clamp(0, 1)
-    a, b = target.numpy(), restored.numpy()
-    return {
-        "psnr": float(peak_signal_noise_ratio(a, b, data_range=1)),
-        "ssim": float(structural_similarity(a, b, channel_axis=0, data_range=1)),
-        "gmsd": gmsd(restored, target),
-        "detail": detail(restored, target),
-    }
+    psnr, ssim = fidelity(restored, target)
+    return {"psnr": psnr, "ssim": ssim, "gmsd": gmsd(restored, target), "detail": detail(restored, target)}
+
+
+def fidelity(restored: Tensor, target: Tensor) -> tuple[float, float]:
+    """Return PSNR in dB and SSIM of an image [3, H, W], clamped to [0, 1]."""
+    a, b = restored.clamp(0, 1).numpy(), target.numpy()
+    psnr = peak_signal_noise_ratio(b, a, data_range=1)
+    return float(psnr), float(structural_similarity(b, a, channel_axis=0, data_range=1))
 
 
 def gmsd(restored: Tensor, target: Tensor) -> float:
