@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -109,6 +109,21 @@ def run_gradient(session: Session, probe: Probe, weights: tuple[float, float]) -
     return Result(results.get(NATURALNESS), results[SEMANTIC], results[GRADIENT])
 
 
+def run_evaluator(evaluator: Evaluator, probe: Probe, weights: tuple[float, float], dtype: torch.dtype) -> Result:
+    """Compute terms and gradient of a probe in `dtype`, with weights for naturalness and semantic.
+
+    Not by way of a `DiffLoss`, which raises where there is NaN to be compared.
+    """
+    restored, target, noise = (x.to(evaluator.device, dtype) for x in (probe.restored, probe.target, probe.noise))
+    timesteps = probe.timesteps.long().to(evaluator.device)
+    with torch.enable_grad():
+        restored.requires_grad_()
+        terms = evaluator.terms(restored, target, noise, timesteps, weights)
+        (gradient,) = torch.autograd.grad(terms.total.sum(), restored)
+    result = Result.of(terms, gradient)
+    return result if weights[0] else replace(result, naturalness=None)
+
+
 def deviations(found: Result, expected: Result, tolerance: Tolerance) -> list[Deviation]:
     """Compare terms and gradient, sample by sample."""
     terms = {SEMANTIC: (found.semantic, expected.semantic)}
@@ -203,21 +218,13 @@ def check_evaluator(evaluator: Evaluator, bundle: Bundle) -> None:
     if not rows:
         return
     probe, expected_there = probe.part(rows), expected[GRADIENT].part(rows)
-    restored, target, noise = (
-        x.to(evaluator.device, torch.float32) for x in (probe.restored, probe.target, probe.noise)
-    )
-    timesteps = probe.timesteps.long().to(evaluator.device)
     try:
-        with torch.enable_grad():
-            restored.requires_grad_()
-            terms = evaluator.terms(restored, target, noise, timesteps, CHECK_WEIGHTS[GRADIENT])
-            (gradient,) = torch.autograd.grad(terms.total.sum(), restored)
+        result = run_evaluator(evaluator, probe, CHECK_WEIGHTS[GRADIENT], torch.float32)
     except (DiffLossError, torch.OutOfMemoryError):
         raise
     # A configuration may say anything, and diffusers looks at most of it only when it computes.
     except Exception as error:
         raise BundleError(f"{bundle.path}: its UNet cannot be run: {error}") from error
-    result = Result.of(terms, gradient)
     what = f"{evaluator.backend} on {evaluator.device} computes the loss"
     _expect_within(what, result, expected_there, tolerance)
 

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
-from torch import Tensor
 
 from diffloss_engine.bundle import Bundle
 from diffloss_export.programs import Program, feature_programs
-from diffloss_trt import DiffLoss
 from diffloss_trt.contract import SCHEDULE
-from diffloss_trt.probe import CHECK_WEIGHTS, Probe, Result
+from diffloss_trt.evaluators import EagerEvaluator
+from diffloss_trt.probe import CHECK_WEIGHTS, Probe, Result, run_evaluator
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.tolerances import PLAIN_DB
 from diffloss_trt.unet import TappedUNet, reload_unet
@@ -70,10 +69,10 @@ class Reference:
         for graph in (graph for graph in CHECK_WEIGHTS if graph not in self.expected):
             on_stage(f"computing what the {graph} graph should return")
             tapped = self._there()
-            loss = DiffLoss.from_unet(tapped.unet, tapped.schedule, value_range=(-1.0, 1.0), reduction="none")
+            evaluator = EagerEvaluator(tapped, next(tapped.unet.parameters()).device)
             # One sample at a time, for the sake of memory.
             samples = [
-                run_loss(loss, self.probe.part([row]), CHECK_WEIGHTS[graph], torch.float64)
+                run_evaluator(evaluator, self.probe.part([row]), CHECK_WEIGHTS[graph], torch.float64)
                 for row in range(len(self.places))
             ]
             terms = [sample.naturalness for sample in samples if sample.naturalness is not None]
@@ -90,19 +89,3 @@ class Reference:
     def _there(self) -> TappedUNet:
         assert self._tapped is not None, "asked for more after its release"
         return self._tapped
-
-
-def run_loss(loss: DiffLoss, probe: Probe, weights: tuple[float, float], dtype: torch.dtype) -> Result:
-    """Return terms and gradient of a loss that takes images in [-1, 1], with weights for naturalness and semantic."""
-    loss.naturalness_weight, loss.semantic_weight = weights
-    place = loss.device
-    restored = probe.restored.to(place, dtype).requires_grad_()
-    terms = loss.terms(
-        restored, probe.target.to(place, dtype), timesteps=probe.timesteps.to(place), noise=probe.noise.to(place, dtype)
-    )
-    (gradient,) = torch.autograd.grad(terms.total.sum(), restored)
-
-    def returned(tensor: Tensor) -> Tensor:
-        return tensor.detach().cpu().double()
-
-    return Result(returned(terms.naturalness) if weights[0] else None, returned(terms.semantic), returned(gradient))

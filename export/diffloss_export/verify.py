@@ -19,13 +19,12 @@ from diffloss_engine.session import Session, open_graph, open_session
 from diffloss_engine.tensors import TensorSpec
 from diffloss_engine.torch_session import TorchSession
 from diffloss_export.programs import Program
-from diffloss_export.reference import Reference, run_loss
+from diffloss_export.reference import Reference
 from diffloss_export.widened import widened_specs, write_widened
-from diffloss_trt import DiffLoss
 from diffloss_trt.contract import GRADIENT, PRECISIONS, SCHEDULE
 from diffloss_trt.evaluators import FusedEvaluator, open_recomputing
 from diffloss_trt.gradient import trace_gradient
-from diffloss_trt.probe import CHECK_WEIGHTS, Result, deviations, run_gradient, worst_ratio
+from diffloss_trt.probe import CHECK_WEIGHTS, Result, deviations, run_evaluator, run_gradient, worst_ratio
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.tolerances import DIFFERENCE, FEATURE, PLAIN, PLAIN_DB, Tolerance
 from diffloss_trt.unet import TappedUNet, reload_unet
@@ -117,12 +116,12 @@ def verify_bundle(
     on_stage("comparing loss and gradient of PyTorch's backward")
     backend = "torch" if report.backend in _PYTORCH else report.backend
     # Not `DiffLoss.load`, which refuses what is to be reported here.
-    loss = DiffLoss(open_recomputing(bundle, backend, device), value_range=(-1.0, 1.0), reduction="none")
+    evaluator = open_recomputing(bundle, backend, device)
     # The torch backend computes in float32, whatever the precision of the stored weights.
     plain = PLAIN["fp32" if backend == "torch" else bundle.precision]
     rows = [index for index, (place, db) in enumerate(reference.places) if db <= PLAIN_DB and place in plain.places]
     for name, weights in CHECK_WEIGHTS.items():
-        found = run_loss(loss, reference.probe.part(rows), weights, torch.float32)
+        found = run_evaluator(evaluator, reference.probe.part(rows), weights, torch.float32)
         check = "recomputed loss" if weights[0] else "recomputed semantic loss alone"
         _compare(report, check, found, reference.expected[name].part(rows), plain)
     return report
