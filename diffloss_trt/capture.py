@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from diffloss_engine.errors import ModelError
+from diffloss_engine.fp32_precision import settings_for_export
 from diffloss_trt.difference import RULES, Pair, Tape, aten, group_norm, upsampled_conv2d, whole_factors
 from diffloss_trt.objective import wide
 from diffloss_trt.unet import TappedUNet
@@ -33,30 +33,6 @@ class _Features(nn.Module):
         return encoded.bottleneck, self.tapped.schedule.noise_from(prediction, noisy, timesteps)
 
 
-@contextmanager
-def _tf32_can_be_told() -> Iterator[None]:
-    """Let torch.export ask whether cuDNN may use TF32.
-
-    It does (torch 2.13) in a way that fails after `torch.backends.fp32_precision = "ieee"`. Nothing is computed
-    meanwhile.
-    """
-    cudnn: Any = torch.backends.cudnn
-    kinds = (cudnn.conv, cudnn.rnn)
-    before = [kind.fp32_precision for kind in kinds]
-    try:
-        torch._C._get_cudnn_allow_tf32()
-    except RuntimeError:
-        for kind in kinds:
-            kind.fp32_precision = "tf32"
-        try:
-            yield
-        finally:
-            for kind, precision in zip(kinds, before, strict=True):
-                kind.fp32_precision = precision
-    else:
-        yield
-
-
 class Captured:
     """A module's operations on tensors of fixed shapes, without the parts that can be computed in advance.
 
@@ -69,7 +45,7 @@ class Captured:
 
     def __init__(self, name: str, module: nn.Module, inputs: Sequence[Tensor]) -> None:
         try:
-            with torch.no_grad(), _tf32_can_be_told():
+            with torch.no_grad(), settings_for_export():
                 exported = torch.export.export(module, tuple(inputs), strict=False)
         # Whatever the module's own code raises, and a dozen classes of the exporter's.
         except Exception as error:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffloss_engine.batching import run_batched
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.cuda_graph import GraphedSession
+from diffloss_engine.fp32_precision import fp32_precision
 from diffloss_engine.inductor import compile_program, has_bfloat16, open_compiled, package_key
 from diffloss_engine.session import Session, open_graph
 from diffloss_engine.strict_json import expect, expect_positive
@@ -36,7 +37,7 @@ from diffloss_trt.contract import (
 from diffloss_trt.gradient import program_version, run_gradient_graph, trace_gradient
 from diffloss_trt.objective import Terms, combine, mean_square
 from diffloss_trt.probe import check_session, held_to
-from diffloss_trt.recheck import expect_alike, full_fp32, open_reference
+from diffloss_trt.recheck import expect_alike, open_reference
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.unet import Features, TappedUNet, reload_unet
 
@@ -252,9 +253,9 @@ class FusedEvaluator(_BundleEvaluator):
         """Raise ParityError unless `evaluate` has returned for the first image what eager PyTorch does in fp32."""
         name = gradient_graph(weights)
         restored, target, noise, timesteps = (tensor[:1] for tensor in images)
-        with full_fp32():
-            if name not in self.references:
-                self.references[name] = open_reference(self.bundle, name, self.device, self.schedule)
+        if name not in self.references:
+            self.references[name] = open_reference(self.bundle, name, self.device, self.schedule)
+        with fp32_precision("ieee"):
             expected = _evaluate(self.references[name], (restored, target, noise, timesteps), weights)
         what = f"call {call:,} of this loss: {self.backend} on {self.device} computes the {name} graph"
         expect_alike(what, (Terms(*(term[:1] for term in terms)), gradient[:1]), expected, held_to(self, self.bundle))

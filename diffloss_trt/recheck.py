@@ -1,16 +1,15 @@
-"""Results in the middle of a training beside eager PyTorch's in full fp32: what may differ, and the settings for it."""
+"""Results in the middle of a training beside eager PyTorch's in full fp32: what it is, and what may differ."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import ParityError
+from diffloss_engine.fp32_precision import fp32_precision
 from diffloss_engine.session import Session
 from diffloss_engine.tensors import TensorSpec
 from diffloss_engine.torch_session import TorchSession
@@ -61,20 +60,6 @@ def open_reference(bundle: Bundle, graph: str, device: torch.device, schedule: N
         for tensors in (program.inputs, program.results)
     )
     session = TorchSession(program.bind(tapped.unet.state_dict()), inputs, outputs, device)
-    check_session(session, graph, bundle)
+    with fp32_precision("ieee"):  # neither TF32 on a GPU, nor bf16 on a CPU, whatever a trainer has set
+        check_session(session, graph, bundle)
     return session
-
-
-@contextlib.contextmanager
-def full_fp32() -> Iterator[None]:
-    """Let fp32 be fp32 in PyTorch: neither TF32 on a GPU, nor bf16 on a CPU, whatever a trainer has set."""
-    backends: Any = torch.backends  # typed in parts only
-    operations = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
-    before = [operation.fp32_precision for operation in operations]
-    try:
-        for operation in operations:
-            operation.fp32_precision = "ieee"
-        yield
-    finally:
-        for operation, precision in zip(operations, before, strict=True):
-            operation.fp32_precision = precision

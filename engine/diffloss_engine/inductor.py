@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffloss_engine.errors import BackendUnavailableError
+from diffloss_engine.fp32_precision import settings_for_export
 from diffloss_engine.plan_cache import PlanCache, gpu_identity
 from diffloss_engine.progress import long_wait
 from diffloss_engine.tensors import TensorSpec
@@ -37,7 +38,8 @@ def compile_program(program: nn.Module, inputs: Sequence[Tensor]) -> bytes:
             torch.no_grad(),
             warnings.catch_warnings(action="ignore"),
         ):
-            exported = torch.export.export(program, tuple(inputs), strict=False)
+            with settings_for_export():
+                exported = torch.export.export(program, tuple(inputs), strict=False)
             path = Path(scratch) / "program.pt2"
             aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
             return path.read_bytes()

@@ -269,3 +269,40 @@ def test_all_ranks_skip_together(exported: Exported, tmp_path: Path) -> None:
     assert changed == [True, True, False, True]
     assert first["weights"][-1].isfinite().all()
     assert first["calls"] == second["calls"] == [4]
+
+
+def train_by_hand(rank: int, folder: Path, bundle: Path, judged: str) -> None:
+    """Train in each of two processes without a scaler, leaving out a step if loss or gradient is not finite."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    loss = DiffLoss.load(bundle, "onnxruntime", "cpu", nonfinite="skip", seed=3)
+    network = DistributedDataParallel(Normalising())
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    stepped = []
+    for number in range(4):
+        degraded, target = batch(10 * number + rank, black=number == 2 and rank == 1)
+        restored = network(degraded)
+        total = F.mse_loss(restored, target) + loss(restored, target)
+        optimizer.zero_grad()
+        total.backward()
+        gradients = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+        stepped.append(bool({"loss": total, "gradient": gradients}[judged].isfinite().all()))
+        if stepped[-1]:
+            optimizer.step()
+    weights = torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+    torch.save({"weights": weights, "stepped": stepped}, folder / f"rank{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("judged", ["gradient", "loss"])
+def test_without_a_scaler_ranks_judge_by_the_gradient(judged: str, exported: Exported, tmp_path: Path) -> None:
+    """It is averaged, and so the same on all; the loss is NaN on one rank alone, the other steps, and both are lost."""
+    torch.multiprocessing.spawn(train_by_hand, (tmp_path, exported[0], judged), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
+    if judged == "gradient":
+        assert first["stepped"] == second["stepped"] == [True, True, False, True]
+        assert torch.equal(first["weights"], second["weights"])
+        assert first["weights"].isfinite().all()
+    else:
+        assert first["stepped"][2] is not second["stepped"][2]
+        assert first["weights"].isnan().all()
+        assert second["weights"].isnan().all()
