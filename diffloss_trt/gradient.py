@@ -27,7 +27,7 @@ from diffloss_trt.contract import (
 )
 from diffloss_trt.difference import Pair, Tape
 from diffloss_trt.objective import per_sample, power_of_two, terms_and_cotangents, wide
-from diffloss_trt.traced import TracedProgram
+from diffloss_trt.traced import TracedProgram, traced_apart
 from diffloss_trt.unet import TappedUNet
 
 _SIGNAL_TABLE, _NOISE_TABLE = "signal_table", "noise_table"
@@ -70,6 +70,10 @@ def trace_gradient(
 
     Raises ModelError for a UNet with an operation that has no difference form.
     """
+    return traced_apart(lambda: _trace(tapped, batch_size, resolution, with_noise))
+
+
+def _trace(tapped: TappedUNet, batch_size: int, resolution: tuple[int, int], with_noise: bool) -> TracedProgram:
     captured = CapturedUNet(tapped, batch_size, resolution, with_noise=with_noise)
     outside = torch.promote_types(tapped.dtype, torch.float32)
     device = next(tapped.unet.parameters()).device

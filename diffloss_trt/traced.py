@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 Tensors = dict[str, Tensor]
+Traced = TypeVar("Traced")
+
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,16 @@ class TracedProgram:
     def bind(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """Return the program as a function of the input tensors alone, in the order of `inputs`, to a tuple."""
         return _Bound(self, {name: weights[name] for name in self.weights})
+
+
+def traced_apart(trace: Callable[[], Traced]) -> Traced:
+    """Return what `trace` does, in a thread of its own, where nothing that is set for this one holds.
+
+    Within an operation of PyTorch's, as in a compiled training step, nothing can be traced or differentiated; and a
+    trainer may be inside of autocast, or of other modes. One at a time, since PyTorch's tracing is not thread-safe.
+    """
+    with _one_at_a_time, ThreadPoolExecutor(1) as apart:
+        return apart.submit(trace).result()
 
 
 class _Bound(nn.Module):
