@@ -24,12 +24,12 @@ def compile_program(program: nn.Module, inputs: Sequence[Tensor]) -> bytes:
     The weights become part of the result, in the layout that the device's kernels like. Takes minutes for a large
     UNet. Raises BackendUnavailableError if inductor cannot compile it here, for want of a C++ compiler for example.
     """
-    # Only this backend needs the compiler's machinery, whose import takes seconds.
-    from torch._inductor import aoti_compile_and_package
-    from torch._inductor.utils import fresh_cache
-
     options = {"freezing": True, "max_autotune": inputs[0].is_cuda, "cpp.dynamic_threads": True}
     try:
+        # Only this backend needs the compiler's machinery, whose import takes seconds, and makes a folder.
+        from torch._inductor import aoti_compile_and_package
+        from torch._inductor.utils import fresh_cache
+
         # What inductor leaves in its own cache is as large as the result, and nobody would look for it again.
         with (
             TemporaryDirectory() as scratch,
@@ -58,21 +58,23 @@ def open_compiled(
 
     Raises as `compile_program` and `PlanCache.get` do, and BackendUnavailableError if it cannot be loaded.
     """
-    from torch._inductor import aoti_load_package
 
     def tell_and_build() -> bytes:
         with long_wait("compiling a program with inductor"):
             return build()
 
     package = PlanCache().get(key, tell_and_build)
-    with TemporaryDirectory() as scratch:
-        path = Path(scratch) / "program.pt2"
-        path.write_bytes(package)
-        del package  # as large as the weights, twice
-        try:
+    try:
+        from torch._inductor import aoti_load_package
+
+        with TemporaryDirectory() as scratch:
+            path = Path(scratch) / "program.pt2"
+            path.write_bytes(package)
+            del package  # as large as the weights, twice
             run = aoti_load_package(str(path), device_index=-1 if device.index is None else device.index)
-        except RuntimeError as error:
-            raise BackendUnavailableError(f"a program compiled by inductor cannot be loaded: {error}") from error
+    # Also inductor wants a place for temporary files, when it is imported.
+    except (RuntimeError, OSError) as error:
+        raise BackendUnavailableError(f"a program compiled by inductor cannot be loaded: {error}") from error
     return TorchSession(run, inputs, outputs, device, backend="inductor")
 
 

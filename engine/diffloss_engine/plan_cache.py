@@ -46,30 +46,35 @@ def default_folder() -> Path:
 class PlanCache:
     """Plans by key, a JSON object that says everything that a plan depends on.
 
-    The folder, by default `default_folder()`, is made when it is needed. Methods that read or write plans raise
-    InputError if it cannot be made, or is not the user's own.
+    The folder, by default `default_folder()`, is made when it is needed. One that cannot be written, or made, is read
+    all the same, and what it does not hold is built and not kept. Methods that read or write plans raise InputError if
+    it is not the user's own, or no folder.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or default_folder()
+        # What should have been set aside, but is where nothing can be moved.
+        self._passed_over: set[Path] = set()
 
-    def get(self, key: Key, build: Callable[[], Plan]) -> Plan:
+    def get(self, key: Key, build: Callable[[], Plan], *, must_keep: bool = False) -> Plan:
         """Return the plan of `key`; build it, and keep it, if there is none that is whole.
 
         Of several processes that ask for the same plan one builds it, and the others wait. One that is damaged or
-        somebody else's is set aside, with a line in the log.
+        somebody else's is set aside, with a line in the log. Where the plan cannot be kept that is a warning; with
+        `must_keep` it is an InputError, and one before anything is built if the folder cannot be written at all.
         """
-        with self._locked(key):
-            plan: Plan | None = self._read(key)
-            if plan is None:
-                plan = build()
-                self._write(key, plan)
-            return plan
+        obstacle = self._make_folder()
+        if obstacle is not None:
+            return self._build(key, build, obstacle, must_keep)
+        with self._locked(key) as obstacle:
+            plan = self._read(key)
+            return self._build(key, build, obstacle, must_keep) if plan is None else plan
 
     def reject(self, key: Key, reason: str) -> None:
         """Set aside a plan that the runtime refuses, so that the next `get` builds it anew."""
-        with self._locked(key):
-            self._set_aside(key, reason)
+        if self._make_folder() is None:
+            with self._locked(key):
+                self._set_aside(key, reason)
 
     def list_keys(self) -> list[dict[str, Any]]:
         """Return the keys of what is there, the latest first; the plans themselves are not read."""
@@ -83,30 +88,64 @@ class PlanCache:
         text = json.dumps(key, sort_keys=True, allow_nan=False)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:40]}{suffix}"
 
-    @contextlib.contextmanager
-    def _locked(self, key: Key) -> Iterator[None]:
+    def _make_folder(self) -> OSError | None:
+        """Make the folder, unless it is there, and return why it cannot be made, or None."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _expect_ours(self.folder.stat())
-        except OSError as error:
+        except (FileExistsError, NotADirectoryError) as error:
             raise InputError(f"the plan cache {self.folder} cannot be made: {error.strerror}") from error
+        except OSError as error:
+            return error
         except BundleError as error:
             raise InputError(f"the plan cache {self.folder} cannot be trusted: {error}") from error
+        return None
+
+    @contextlib.contextmanager
+    def _locked(self, key: Key) -> Iterator[OSError | None]:
+        """Hold the lock of a key; yield None, or why it cannot be had.
+
+        Without it plans can be read, which appear whole, but not written: an unfinished one has one name.
+        """
         lock: BaseFileLock = FileLock(self._path(key, ".lock"), mode=0o600)
+        obstacle = None
         try:
             lock.acquire(timeout=0)
         except Timeout:
             logger.info("another process is at work on the same plan: waiting for it")
             lock.acquire()
+        except OSError as error:
+            # Of a disk that is full or cannot be written, or that has no locks.
+            obstacle = error
         try:
-            yield
+            yield obstacle
         finally:
             lock.release()
 
+    def _build(self, key: Key, build: Callable[[], Plan], obstacle: OSError | None, must_keep: bool) -> Plan:
+        """Build a plan, and keep it unless there is an `obstacle`; see `get`."""
+
+        def cannot_keep(error: OSError) -> str:
+            return f"a plan could not be kept in {self.folder}: {error.strerror}"
+
+        if obstacle is not None and must_keep:
+            raise InputError(cannot_keep(obstacle)) from obstacle
+        plan = build()
+        obstacle = obstacle or self._write(key, plan)
+        if obstacle is not None:
+            if must_keep:
+                raise InputError(cannot_keep(obstacle)) from obstacle
+            # The plan is there, though not for the next time.
+            logger.warning(cannot_keep(obstacle))
+        return plan
+
     def _read(self, key: Key) -> memoryview | None:
+        path = self._path(key, ".plan")
+        if path in self._passed_over:
+            return None
         try:
             # A link could name a file that somebody else can write.
-            descriptor = os.open(self._path(key, ".plan"), os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -126,31 +165,39 @@ class PlanCache:
                 self._set_aside(key, str(error))
                 return None
 
-    def _write(self, key: Key, plan: Plan) -> None:
+    def _write(self, key: Key, plan: Plan) -> OSError | None:
+        """Write a plan, and return why that failed, or None."""
         header = {"format": _FORMAT, "key": key, "sha256": hashlib.sha256(plan).hexdigest(), "bytes": len(plan)}
-        # The lock makes this name ours alone; what a killed process left under it is overwritten.
-        partial = self._path(key, ".partial")
+        path, partial = self._path(key, ".plan"), self._path(key, ".partial")
         try:
+            # The lock makes this name ours alone; what a killed process left under it is overwritten.
             partial.unlink(missing_ok=True)
             with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(json.dumps(header, sort_keys=True, allow_nan=False).encode() + b"\n")
                 file.write(plan)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(self._path(key, ".plan"))
+            partial.replace(path)
+            self._passed_over.discard(path)
             flush_to_disk(self.folder)
         except OSError as error:
-            # The plan is there, though not for the next time.
-            logger.warning("a plan could not be kept in %s: %s", self.folder, error.strerror)
+            return error
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
+        return None
 
     def _set_aside(self, key: Key, reason: str) -> None:
         path, aside = self._path(key, ".plan"), self._path(key, ".rejected")
-        logger.warning("the plan %s is not used and set aside as %s: %s", path, aside.name, reason)
-        with contextlib.suppress(FileNotFoundError):
+        try:
             path.replace(aside)
+        except FileNotFoundError:
+            return
+        except OSError:
+            self._passed_over.add(path)
+            logger.warning("the plan %s is not used: %s", path, reason)
+        else:
+            logger.warning("the plan %s is not used and set aside as %s: %s", path, aside.name, reason)
 
 
 def gpu_identity(device: torch.device) -> dict[str, str]:

@@ -42,7 +42,7 @@ def build_bundle(
     """Build, and keep, a plan of each graph, unless it is in the cache (by default the user's).
 
     TensorRT builds for the GPU that is torch's current one; TensorRT-RTX needs none. Raises as `build_plan` and
-    `Bundle.graph_file` do, and InputError if the cache cannot be used.
+    `Bundle.graph_file` do, and InputError if the cache cannot be used, or a plan not be kept in it.
     """
     options, cache = options or BuildOptions(), cache or PlanCache()
     import_flavour(flavour)
@@ -78,7 +78,7 @@ def compile_bundle(
     """Compile, and keep, each gradient graph with inductor for `device`, unless it is in the cache.
 
     Raises BackendUnavailableError if the bundle has none or they cannot be compiled here; InputError if the cache
-    cannot be used.
+    cannot be used, or a program not be kept in it.
     """
     cache, evaluator = cache or PlanCache(), FusedEvaluator(bundle, "inductor", device)
     names = [name for name in (GRADIENT, SEMANTIC_GRADIENT) if name in bundle.graphs]
@@ -103,7 +103,8 @@ def _timed(name: str, cache: PlanCache, key: Key, make: Callable[[], Plan]) -> B
         seconds = time.perf_counter() - started
         return plan
 
-    plan = cache.get(key, build)
+    # Kept is what it is built for.
+    plan = cache.get(key, build, must_keep=True)
     return BuiltPlan(name, len(plan), seconds)
 
 
