@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from diffloss_engine.errors import BackendError, InputError
 from diffloss_trt import DiffLoss, NoiseSchedule
+from diffloss_trt.contract import GRADIENT
+from diffloss_trt.evaluators import FusedEvaluator
 from unets import make_unet
 
 Exported = tuple[Path, Any, NoiseSchedule]
@@ -163,6 +165,21 @@ def test_weights_may_change_at_every_step_without_recompiling(exported: Exported
         for weights in ((0.5, 0.5), (0.0, 0.25), (0.0, 0.0), (2.0, 0.0)):
             loss.naturalness_weight, loss.semantic_weight = weights
             assert same(run(compiled, network), run(step, network), 1e-6)
+
+
+@pytest.mark.parametrize(("backend", "settings"), [("onnxruntime", {"check_every": 1}), ("torch", {})])
+def test_what_has_to_be_traced_is_traced_inside_of_the_graph_too(
+    backend: str, settings: dict[str, Any], exported: Exported, network: nn.Module
+) -> None:
+    """What an engine is compared with, or is opened only when a weight is no longer zero."""
+    loss = DiffLoss.load(exported[0], backend, "cpu", 0, 0, value_range=(-1, 1), **settings)
+    compiled = torch.compile(make_step(network, loss), fullgraph=True, backend="aot_eager")
+    loss.naturalness_weight, loss.semantic_weight = 1.0, 0.5
+    found = run(compiled, network)
+    evaluator = loss.evaluator
+    assert isinstance(evaluator, FusedEvaluator)
+    assert set(evaluator.references) == ({GRADIENT} if settings else set())
+    assert same(found, run(make_step(network, load(exported)), network), 1e-5)
 
 
 @pytest.mark.parametrize("seed", [None, 7])
