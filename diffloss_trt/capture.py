@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from diffloss_engine.errors import ModelError
+from diffloss_engine.exclusive import exclusive
 from diffloss_trt.difference import RULES, Pair, Tape, aten, group_norm, upsampled_conv2d, whole_factors
 from diffloss_trt.objective import wide
 from diffloss_trt.unet import TappedUNet
@@ -69,7 +70,7 @@ class Captured:
 
     def __init__(self, name: str, module: nn.Module, inputs: Sequence[Tensor]) -> None:
         try:
-            with torch.no_grad(), _tf32_can_be_told():
+            with exclusive, torch.no_grad(), _tf32_can_be_told():
                 exported = torch.export.export(module, tuple(inputs), strict=False)
         # Whatever the module's own code raises, and a dozen classes of the exporter's.
         except Exception as error:

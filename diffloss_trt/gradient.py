@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from diffloss_trt.contract import (
 )
 from diffloss_trt.difference import Pair, Tape
 from diffloss_trt.objective import per_sample, power_of_two, terms_and_cotangents, wide
-from diffloss_trt.traced import TracedProgram, traced_apart
+from diffloss_trt.traced import TracedProgram
 from diffloss_trt.unet import TappedUNet
 
 _SIGNAL_TABLE, _NOISE_TABLE = "signal_table", "noise_table"
@@ -70,7 +71,10 @@ def trace_gradient(
 
     Raises ModelError for a UNet with an operation that has no difference form.
     """
-    return traced_apart(lambda: _trace(tapped, batch_size, resolution, with_noise))
+    # In a thread of its own nothing holds that is set for this one: a trainer may be inside of autocast or of another
+    # mode, and within an operation, as a compiled step calls the loss, PyTorch differentiates and traces nothing.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_trace, tapped, batch_size, resolution, with_noise).result()
 
 
 def _trace(tapped: TappedUNet, batch_size: int, resolution: tuple[int, int], with_noise: bool) -> TracedProgram:

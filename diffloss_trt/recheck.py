@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import ParityError
+from diffloss_engine.exclusive import exclusive
 from diffloss_engine.session import Session
 from diffloss_engine.tensors import TensorSpec
 from diffloss_engine.torch_session import TorchSession
@@ -61,20 +62,25 @@ def open_reference(bundle: Bundle, graph: str, device: torch.device, schedule: N
         for tensors in (program.inputs, program.results)
     )
     session = TorchSession(program.bind(tapped.unet.state_dict()), inputs, outputs, device)
-    check_session(session, graph, bundle)
+    with full_fp32():
+        check_session(session, graph, bundle)
     return session
 
 
 @contextlib.contextmanager
 def full_fp32() -> Iterator[None]:
-    """Let fp32 be fp32 in PyTorch: neither TF32 on a GPU, nor bf16 on a CPU, whatever a trainer has set."""
+    """Let fp32 be fp32 in PyTorch: neither TF32 on a GPU, nor bf16 on a CPU, whatever a trainer has set.
+
+    One thread at a time can be in here.
+    """
     backends: Any = torch.backends  # typed in parts only
     operations = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
-    before = [operation.fp32_precision for operation in operations]
-    try:
-        for operation in operations:
-            operation.fp32_precision = "ieee"
-        yield
-    finally:
-        for operation, precision in zip(operations, before, strict=True):
-            operation.fp32_precision = precision
+    with exclusive:
+        before = [operation.fp32_precision for operation in operations]
+        try:
+            for operation in operations:
+                operation.fp32_precision = "ieee"
+            yield
+        finally:
+            for operation, precision in zip(operations, before, strict=True):
+                operation.fp32_precision = precision

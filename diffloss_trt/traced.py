@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-Tensors = dict[str, Tensor]
-Traced = TypeVar("Traced")
+from diffloss_engine.exclusive import exclusive
 
-_one_at_a_time = threading.Lock()
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,8 @@ class TracedProgram:
         outputs: tuple[str, ...],
     ) -> Self:
         """Trace `function` on tensors that look like these; nothing is computed."""
-        module = make_fx(function, tracing_mode="fake")(inputs, weights, constants)
+        with exclusive:
+            module = make_fx(function, tracing_mode="fake")(inputs, weights, constants)
         module.graph.eliminate_dead_code()
         module.recompile()
         return cls(name, module, inputs, tuple(weights), constants, outputs)
@@ -62,16 +60,6 @@ class TracedProgram:
     def bind(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """Return the program as a function of the input tensors alone, in the order of `inputs`, to a tuple."""
         return _Bound(self, {name: weights[name] for name in self.weights})
-
-
-def traced_apart(trace: Callable[[], Traced]) -> Traced:
-    """Return what `trace` does, in a thread of its own, where nothing that is set for this one holds.
-
-    Within an operation of PyTorch's, as in a compiled training step, nothing can be traced or differentiated; and a
-    trainer may be inside of autocast, or of other modes. One at a time, since PyTorch's tracing is not thread-safe.
-    """
-    with _one_at_a_time, ThreadPoolExecutor(1) as apart:
-        return apart.submit(trace).result()
 
 
 class _Bound(nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
@@ -203,19 +202,6 @@ def test_operation_without_a_rule_is_named() -> None:
     tapped = TappedUNet(make_unet(act_fn="gelu"), make_schedule())
     with pytest.raises(ModelError, match=r"aten\.gelu\.default has no difference form"):
         trace_gradient(tapped, 1, (16, 16), with_noise=True)
-
-
-def test_threads_that_trace_at_once_within_a_trainers_modes() -> None:
-    """PyTorch's own tracing mixes up what two threads trace, and autocast would go into the program."""
-
-    def trace(_: int) -> str:
-        tapped = TappedUNet(make_unet("two_levels", dtype=torch.float32), make_schedule())
-        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-            return str(trace_gradient(tapped, 3, (16, 16), with_noise=False).module.graph)
-
-    expected = str(traced("two_levels", torch.float32, 3, with_noise=False).module.graph)
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(trace, range(2))) == [expected] * 2
 
 
 @pytest.mark.parametrize("kind", ["adm", "skip_blocks"])
