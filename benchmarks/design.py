@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import onnxruntime
 import torch
 import torch.nn.functional as F
 from configurations import make_model
@@ -29,7 +28,7 @@ from safetensors.torch import save_file
 from timing import interleaved
 from torch import Tensor
 
-from diffloss_engine.ort_session import OrtSession
+from diffloss_engine.ort_session import OrtSession, import_runtime
 from diffloss_export.models import load_model
 from diffloss_export.onnx_write import WeightFile, write_graph
 from diffloss_trt import DiffLoss
@@ -152,7 +151,7 @@ def memory_plan(folder: Path) -> dict[str, float]:
     }
 
 
-class _PlannedOptions(onnxruntime.SessionOptions):  # type: ignore[misc]
+class _PlannedOptions(import_runtime().SessionOptions):  # type: ignore[misc]
     """Options whose memory plan cannot be switched off."""
 
     def __setattr__(self, name: str, value: Any) -> None:

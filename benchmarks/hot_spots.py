@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ways import AUTOCAST, PRODUCTS, Images, Setting, make_images, ways
 
 from diffloss_engine.bundle import Bundle
+from diffloss_engine.ort_session import import_runtime
 from diffloss_trt.contract import GRADIENT
 
 _CPU: Final = torch.device("cpu")
@@ -54,8 +55,7 @@ def _of_pytorch(setting: Setting, images: Images, way: str, precision: str) -> d
 
 def _of_onnxruntime(bundle: Bundle) -> dict[str, Any]:
     """Profile the gradient graph as `OrtSession` runs it."""
-    import onnxruntime
-
+    onnxruntime = import_runtime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1

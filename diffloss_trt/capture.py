@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from diffloss_engine.errors import ModelError
+from diffloss_engine.exclusive import exclusive
 from diffloss_engine.fp32_precision import settings_for_export
 from diffloss_trt.difference import RULES, Pair, Tape, aten, group_norm, upsampled_conv2d, whole_factors
 from diffloss_trt.objective import wide
@@ -45,7 +46,7 @@ class Captured:
 
     def __init__(self, name: str, module: nn.Module, inputs: Sequence[Tensor]) -> None:
         try:
-            with torch.no_grad(), settings_for_export():
+            with exclusive, torch.no_grad(), settings_for_export():
                 exported = torch.export.export(module, tuple(inputs), strict=False)
         # Whatever the module's own code raises, and a dozen classes of the exporter's.
         except Exception as error:

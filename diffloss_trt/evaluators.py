@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol, Self
 
@@ -195,6 +196,7 @@ class FusedEvaluator(_BundleEvaluator):
         self.cuda_graph = cuda_graph
         self.sessions: dict[str, Session] = {}
         self.references: dict[str, Session] = {}
+        self._opening = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         make = functools.partial(type(self), cuda_graph=self.cuda_graph)
@@ -209,19 +211,25 @@ class FusedEvaluator(_BundleEvaluator):
         Raises as `open_session` does, and ParityError if an engine does not return what the bundle has recorded.
         """
         if name not in self.sessions:
-            graph = self.bundle.graphs[name]
-            if self.backend == "torch":
-                session: Session = TorchSession(self._trace(name)[0], graph.inputs, graph.outputs, self.device)
-            elif self.backend == "inductor":
-                session = open_compiled(*self.package(name), graph.inputs, graph.outputs, self.device)
-            else:
-                session = self._open(name)
-            if self.cuda_graph:
-                session = GraphedSession(session)
-            # A miscompiled engine must not train anyone's network, nor a UNet that is not the one that was exported.
-            check_session(session, name, self.bundle)
-            self.sessions[name] = session
+            # Threads that share a loss wait for the one that opens it: the weights shall be there once.
+            with self._opening:
+                if name not in self.sessions:
+                    self.sessions[name] = self._open_checked(name)
         return self.sessions[name]
+
+    def _open_checked(self, name: str) -> Session:
+        graph = self.bundle.graphs[name]
+        if self.backend == "torch":
+            session: Session = TorchSession(self._trace(name)[0], graph.inputs, graph.outputs, self.device)
+        elif self.backend == "inductor":
+            session = open_compiled(*self.package(name), graph.inputs, graph.outputs, self.device)
+        else:
+            session = self._open(name)
+        if self.cuda_graph:
+            session = GraphedSession(session)
+        # A miscompiled engine must not train anyone's network, nor a UNet that is not the one that was exported.
+        check_session(session, name, self.bundle)
+        return session
 
     def package(self, name: str) -> tuple[dict[str, Any], Callable[[], bytes]]:
         """Return the key in the plan cache of what inductor makes of a gradient graph, and a function that makes it.
@@ -253,8 +261,9 @@ class FusedEvaluator(_BundleEvaluator):
         """Raise ParityError unless `evaluate` has returned for the first image what eager PyTorch does in fp32."""
         name = gradient_graph(weights)
         restored, target, noise, timesteps = (tensor[:1] for tensor in images)
-        if name not in self.references:
-            self.references[name] = open_reference(self.bundle, name, self.device, self.schedule)
+        with self._opening:
+            if name not in self.references:
+                self.references[name] = open_reference(self.bundle, name, self.device, self.schedule)
         with fp32_precision("ieee"):
             expected = _evaluate(self.references[name], (restored, target, noise, timesteps), weights)
         what = f"call {call:,} of this loss: {self.backend} on {self.device} computes the {name} graph"

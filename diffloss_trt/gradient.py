@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -70,6 +71,13 @@ def trace_gradient(
 
     Raises ModelError for a UNet with an operation that has no difference form.
     """
+    # In a thread of its own nothing holds that is set for this one: a trainer may be inside of autocast or of another
+    # mode, and within an operation, as a compiled step calls the loss, PyTorch differentiates and traces nothing.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_trace, tapped, batch_size, resolution, with_noise).result()
+
+
+def _trace(tapped: TappedUNet, batch_size: int, resolution: tuple[int, int], with_noise: bool) -> TracedProgram:
     captured = CapturedUNet(tapped, batch_size, resolution, with_noise=with_noise)
     outside = torch.promote_types(tapped.dtype, torch.float32)
     device = next(tapped.unet.parameters()).device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, NamedTuple, Self
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "inductor", "onnxruntime", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx", "torch")
 BACKWARDS = ("fused", "recompute")
+# One for all losses, for a few instructions: a lock of its own could not be pickled with a loss.
+_counting = threading.Lock()
 
 
 class Call(NamedTuple):
@@ -266,7 +269,8 @@ class DiffLoss(nn.Module):
 
             With nonfinite "skip", NaN and infinity in `restored` and in the results are not raised; see `load`.
         """
-        if torch.compiler.is_compiling():
+        # Not `is_compiling`, which is true in all threads while one of them traces.
+        if torch.compiler.is_dynamo_compiling():
             if isinstance(self.evaluator, FusedEvaluator) and generator is None:
                 return compiled_terms(self, self._handle, restored, target, timesteps, noise)
             torch._dynamo.graph_break(
@@ -300,8 +304,9 @@ class DiffLoss(nn.Module):
     ) -> Call:
         """Check what a trainer passes in, draw what it does not, and count the call."""
         evaluator = self.evaluator
-        self.calls += 1
-        number = self.calls
+        with _counting:
+            self.calls += 1
+            number = self.calls
         values = self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
         diverged = check_images(
             restored,

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from diffloss_engine.exclusive import exclusive
+
 Tensors = dict[str, Tensor]
 
 
@@ -42,7 +44,8 @@ class TracedProgram:
         outputs: tuple[str, ...],
     ) -> Self:
         """Trace `function` on tensors that look like these; nothing is computed."""
-        module = make_fx(function, tracing_mode="fake")(inputs, weights, constants)
+        with exclusive:
+            module = make_fx(function, tracing_mode="fake")(inputs, weights, constants)
         module.graph.eliminate_dead_code()
         module.recompile()
         return cls(name, module, inputs, tuple(weights), constants, outputs)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffloss_engine.errors import ModelError
+from diffloss_engine.exclusive import exclusive
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.unet_config import build_unet
 
@@ -168,7 +169,8 @@ def reload_unet(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Any
     config = bundle.read_json(UNET_CONFIG)
     weights = load_tensors(bundle.file(UNET_WEIGHTS))
     try:
-        unet = build_unet(config)
+        with exclusive:
+            unet = build_unet(config)
         unet.load_state_dict(
             {key: weight.to(device, dtype) for key, weight in weights.items()}, strict=True, assign=True
         )

@@ -10,6 +10,8 @@ import torch
 
 # No test may depend on a network: huggingface_hub reads this when it is first imported, and then refuses at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nor may one report anything: ONNX Runtime reads this when it is first imported, which some tests do themselves.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 # Each process of a parallel run has its share of the cores, and so have the commands that it starts. The tensors here
 # are small: beyond a few threads, handing out the work costs more than the work.

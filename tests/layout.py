@@ -18,7 +18,6 @@ LATE = (
     "matplotlib",
     "onnx",
     "onnxruntime",
-    "onnxscript",
     "pycuda",
     "tensorrt",
     "tensorrt_rtx",

@@ -1,7 +1,9 @@
-"""The wheel holds the three packages and nothing else, and imports where only torch and small things are installed."""
+"""What is built: of what is in the wheel, that it imports without much else, and that another build is the same."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -44,15 +46,48 @@ for package in ("diffloss_trt", "diffloss_engine", "diffloss_export"):
 """
 
 
+def build(kind: str, source: Path, folder: Path, **environment: str) -> Path:
+    """Build the "wheel" or "sdist" of `source` with the hatchling that is installed here, and return its path."""
+    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(folder), str(source)]
+    variables = {name: value for name, value in os.environ.items() if name != "SOURCE_DATE_EPOCH"} | environment
+    built = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = folder.iterdir()
+    return path
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel with the hatchling that is installed here, and return its path."""
-    folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stdout + built.stderr
-    (path,) = folder.glob("*.whl")
-    return path
+    """The wheel's path."""
+    return build("wheel", ROOT, tmp_path_factory.mktemp("dist"))
+
+
+def copy_sources(folder: Path, changed: float) -> Path:
+    """Copy the repository, without what is hidden and what is no part of it, as if all was changed at one time."""
+
+    def left_out(parent: str, names: list[str]) -> set[str]:
+        other = {name for name in names if name == "__pycache__" or Path(parent, name, "pyvenv.cfg").exists()}
+        return other | {name for name in names if name[0] == "." and name not in (".ci", ".gitignore")}
+
+    shutil.copytree(ROOT, folder, ignore=left_out)
+    for path in folder.rglob("*"):
+        os.utime(path, (changed, changed))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_another_build_is_the_same(kind: str, tmp_path: Path) -> None:
+    """Elsewhere and of files with other times it is the same, to the last byte."""
+    sources = copy_sources(tmp_path / "here", 1.6e9), copy_sources(tmp_path / "else" / "where", 1.7e9)
+    first, second = (build(kind, source, tmp_path / f"dist{number}") for number, source in enumerate(sources))
+    assert first.name == second.name
+    assert first.read_bytes() == second.read_bytes()
+    # The times in the archive are others where they are asked for, and one byte of a source shows.
+    dated = build(kind, sources[0], tmp_path / "dated", SOURCE_DATE_EPOCH="1700000000")
+    assert dated.read_bytes() != first.read_bytes()
+    with (sources[1] / "diffloss_trt" / "loss.py").open("a") as file:
+        file.write("\n")
+    assert build(kind, sources[1], tmp_path / "altered").read_bytes() != first.read_bytes()
 
 
 def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from diffloss_engine.exclusive import exclusive
 
 # Those that others follow come first. An operation without a setting of its own follows its library's, and that one
 # PyTorch's. (By their inner names: `torch.backends.mkldnn.fp32_precision` writes, in torch 2.13, what all follow.)
@@ -16,18 +17,16 @@ _SETTINGS = (
     *((library, operation) for operation in ("all", "matmul", "conv", "rnn") for library in ("cuda", "mkldnn")),
 )
 _C: Any = torch._C  # typed in parts only
-# Two threads that change the settings for a while would each restore what the other has set.
-_CHANGING = threading.RLock()
 
 
 @contextlib.contextmanager
 def fp32_precision(precision: str) -> Iterator[None]:
     """Let products and convolutions of float32 be computed as "ieee" (in full) or "tf32" says, whatever was set.
 
-    Afterwards every setting is what it was, those of the older names too (`allow_tf32`,
+    One thread at a time can be in here. Afterwards every setting is what it was, those of the older names too (`allow_tf32`,
     `set_float32_matmul_precision`). Meanwhile PyTorch (torch 2.13) may answer with an error if it is asked for those.
     """
-    with _CHANGING:
+    with exclusive:
         before, own = {setting: _read(setting) for setting in _SETTINGS}, {}
         try:
             for setting in _SETTINGS:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffloss_engine.errors import BackendUnavailableError
+from diffloss_engine.exclusive import exclusive
 from diffloss_engine.fp32_precision import settings_for_export
 from diffloss_engine.plan_cache import PlanCache, gpu_identity
 from diffloss_engine.progress import long_wait
@@ -33,6 +34,7 @@ def compile_program(program: nn.Module, inputs: Sequence[Tensor]) -> bytes:
 
         # What inductor leaves in its own cache is as large as the result, and nobody would look for it again.
         with (
+            exclusive,
             TemporaryDirectory() as scratch,
             fresh_cache(dir=scratch),
             torch.no_grad(),

@@ -62,7 +62,7 @@ class OrtSession:
             raise InputError(f"threads is {threads}, expected at least 1, or None for torch's own number")
         if provider_options and device.type != "cuda":
             raise InputError(f"on device {device} ONNX Runtime takes no provider_options, and would not say so")
-        runtime = _import_runtime()
+        runtime = import_runtime()
         provider = _usable_provider(runtime, backend, device)
         self.backend = backend
         self.inputs = tuple(inputs)
@@ -169,7 +169,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_keep_inherited)
 
 
-def _import_runtime() -> ModuleType:
+def import_runtime() -> ModuleType:
+    """Return the module `onnxruntime`, with its telemetry off, unless the environment has ORT_DISABLE_TELEMETRY set.
+
+    Raises BackendUnavailableError if it cannot be imported.
+    """
+    # From 1.29 on the official builds report to Microsoft which models are run, and how. That is a thread, three open
+    # files in the user's cache, and an identifier of the machine kept there. The variable is read once, when the
+    # library is loaded. The call is for one that was loaded before: it ends most reports, but not thread and files.
+    undecided = "ORT_DISABLE_TELEMETRY" not in os.environ
+    if undecided:
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
         import onnxruntime
     except ImportError as error:
@@ -177,6 +187,8 @@ def _import_runtime() -> ModuleType:
             f"ONNX Runtime cannot be imported ({error}): install 'onnxruntime', or 'onnxruntime-gpu' for CUDA"
         ) from error
     module: ModuleType = onnxruntime
+    if undecided:
+        module.disable_telemetry_events()
     return module
 
 

@@ -29,7 +29,7 @@ _PACKAGES = (
     "torch",
     "diffusers",
     "onnx",
-    "onnxscript",
+    "onnx-ir",
     "onnxruntime",
     "onnxruntime-gpu",
     "tensorrt",

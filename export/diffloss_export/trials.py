@@ -49,6 +49,8 @@ def try_torch() -> dict[str, Any]:
 
 def try_onnxruntime() -> dict[str, Any]:
     """Run a convolution in each precision."""
+    # As `import_runtime` does it, which cannot be imported where torch is broken.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     runtime = importlib.import_module("onnxruntime")
 
     from diffloss_engine.errors import DiffLossError

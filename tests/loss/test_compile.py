@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffloss_engine.errors import BackendError, InputError
 from diffloss_trt import DiffLoss, NoiseSchedule
+from diffloss_trt.contract import SEMANTIC_GRADIENT
 from unets import make_unet
 
 Exported = tuple[Path, Any, NoiseSchedule]
@@ -31,8 +32,8 @@ def _no_graphs_of_other_tests() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def load(exported: Exported, **settings: Any) -> DiffLoss:
-    return DiffLoss.load(exported[0], "onnxruntime", "cpu", **SETTINGS | settings)
+def load(exported: Exported, backend: str = "onnxruntime", **settings: Any) -> DiffLoss:
+    return DiffLoss.load(exported[0], backend, "cpu", **SETTINGS | settings)
 
 
 @pytest.fixture
@@ -163,6 +164,18 @@ def test_weights_may_change_at_every_step_without_recompiling(exported: Exported
         for weights in ((0.5, 0.5), (0.0, 0.25), (0.0, 0.0), (2.0, 0.0)):
             loss.naturalness_weight, loss.semantic_weight = weights
             assert same(run(compiled, network), run(step, network), 1e-6)
+
+
+def test_graph_and_reference_that_a_compiled_step_is_the_first_to_need(exported: Exported, network: nn.Module) -> None:
+    """Both have to be traced, and inside of an operation PyTorch cannot do that."""
+    loss = load(exported, backend="torch", naturalness_weight=0.0, semantic_weight=0.0, check_every=1)
+    step = make_step(network, loss)
+    loss.semantic_weight = 0.5
+    evaluator: Any = loss.evaluator
+    assert not evaluator.sessions
+    compiled = run(torch.compile(step, fullgraph=True, backend="aot_eager"), network)
+    assert evaluator.sessions.keys() == evaluator.references.keys() == {SEMANTIC_GRADIENT}
+    assert same(compiled, run(step, network))
 
 
 @pytest.mark.parametrize("seed", [None, 7])
