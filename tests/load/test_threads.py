@@ -19,7 +19,6 @@ from torch import Tensor
 from diffloss_trt import DiffLoss
 from diffloss_trt.contract import GRADIENT
 from diffloss_trt.evaluators import FusedEvaluator
-from diffloss_trt.recheck import full_fp32
 from load.jobs import JOBS, OWN, THREADS, WEIGHTS, Done, Job, compute, load
 
 # PyTorch's own convolutions round otherwise while another thread traces (torch 2.13); 6e-7 was seen.
@@ -172,21 +171,6 @@ def test_each_call_has_a_number_of_its_own(bundle: str) -> None:
 
     all_at_once(call)
     assert sorted(numbers) == list(range(1, 2000 * THREADS + 1))
-
-
-def test_full_precision_is_left_as_it_was_found() -> None:
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, seen = matmul.fp32_precision, set()
-
-    def enter() -> None:
-        for _ in range(500):
-            with full_fp32():
-                seen.add(matmul.fp32_precision)
-
-    assert before != "ieee"
-    all_at_once(enter)
-    assert matmul.fp32_precision == before
-    assert seen == {"ieee"}
 
 
 def live_sessions() -> int:

@@ -124,7 +124,7 @@ def test_every_prediction_type_is_exact_in_float64(prediction_type: str) -> None
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("kind", ["four_levels", "adm"])
+@pytest.mark.parametrize("kind", [pytest.param("four_levels", marks=pytest.mark.slow), "adm"])
 def test_precision_does_not_depend_on_how_near_the_images_are(kind: str, precision: str) -> None:
     dtype = PRECISIONS[precision]
     unet = unet_of(kind, dtype)
