@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffloss_engine.fp32_precision import fp32_precision
 from diffloss_trt import DiffLoss
 from diffloss_trt.contract import GRADIENT
 from diffloss_trt.evaluators import FusedEvaluator
-from diffloss_trt.recheck import full_fp32
 from load.jobs import JOBS, OWN, THREADS, WEIGHTS, Done, Job, compute, load
 
 # PyTorch's own convolutions round otherwise while another thread traces (torch 2.13); 6e-7 was seen.
@@ -180,7 +180,7 @@ def test_full_precision_is_left_as_it_was_found() -> None:
 
     def enter() -> None:
         for _ in range(500):
-            with full_fp32():
+            with fp32_precision("ieee"):
                 seen.add(matmul.fp32_precision)
 
     assert before != "ieee"
