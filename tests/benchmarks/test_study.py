@@ -105,7 +105,11 @@ def test_plain_losses_are_the_loss_and_lose_its_digits(precision: str, least: fl
 
 
 @pytest.mark.parametrize(
-    "run", [Run("haze", 0, *WEIGHTS, steps=2), Run(NOISE, 1, *WEIGHTS, form="bf16 autocast", steps=2)]
+    "run",
+    [
+        pytest.param(Run("haze", 0, *WEIGHTS, steps=2), marks=pytest.mark.slow),
+        Run(NOISE, 1, *WEIGHTS, form="bf16 autocast", steps=2),
+    ],
 )
 def test_a_training_is_recorded_and_repeats_itself(folder: Path, run: Run) -> None:
     result = train(run, folder)

@@ -31,7 +31,12 @@ from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.unet import TappedUNet, reload_unet
 from exports import Exported, external_entries, read_graph, rehash
 
-SHARED = [("two_levels", "fp32"), ("two_levels", "fp16"), ("two_levels", "bf16"), ("adm", "fp32")]
+SHARED = [
+    pytest.param("two_levels", "fp32", marks=pytest.mark.slow),
+    ("two_levels", "fp16"),
+    pytest.param("two_levels", "bf16", marks=pytest.mark.slow),
+    ("adm", "fp32"),
+]
 GRAPHS = (ENCODER, NOISE_HEAD, GRADIENT, SEMANTIC_GRADIENT)
 
 

@@ -32,8 +32,9 @@ from exports import Exported, edit_json, make_model, make_schedule, rehash
 from unets import make_unet
 
 CONFIGURATIONS = [
-    ("two_levels", "fp32", "epsilon", None),
-    ("two_levels", "fp16", "epsilon", None),
+    # As the tests of `verify` and of the command line export them, too.
+    pytest.param("two_levels", "fp32", "epsilon", None, marks=pytest.mark.slow),
+    pytest.param("two_levels", "fp16", "epsilon", None, marks=pytest.mark.slow),
     ("two_levels", "bf16", "epsilon", None),
     pytest.param("four_levels", "bf16", "epsilon", None, marks=pytest.mark.slow),
     ("adm", "fp32", "epsilon", None),
