@@ -28,8 +28,8 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 # ONNX Runtime has no bf16 kernels for CPUs.
 ON_CPU = [("onnxruntime", "fp32"), ("onnxruntime", "fp16"), *((name, p) for name in BACKENDS[4:] for p in PRECISIONS)]
 ON_GPU = [(backend, precision) for backend in BACKENDS for precision in PRECISIONS]
-# Compiling takes a minute each.
-SLOW = {("inductor", "fp32"), ("inductor", "fp16")}
+# Compiling takes minutes each.
+SLOW = {("inductor", precision) for precision in PRECISIONS}
 PLACES = [
     *(pytest.param(CPU, *case, marks=[pytest.mark.slow] if case in SLOW else []) for case in ON_CPU),
     *(pytest.param(CUDA, *case, marks=pytest.mark.gpu) for case in ON_GPU),
