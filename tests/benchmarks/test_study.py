@@ -104,11 +104,15 @@ def test_plain_losses_are_the_loss_and_lose_its_digits(precision: str, least: fl
     assert value.item() == pytest.approx(expected.item(), rel=0.5)
 
 
+# Four minutes on a slow machine, alone.
+SLOW = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
 @pytest.mark.parametrize(
     "run",
     [
         Run("haze", 0, *WEIGHTS, steps=2),
-        pytest.param(Run(NOISE, 1, *WEIGHTS, form="bf16 autocast", steps=2), marks=pytest.mark.slow),
+        pytest.param(Run(NOISE, 1, *WEIGHTS, form="bf16 autocast", steps=2), marks=SLOW),
     ],
 )
 def test_a_training_is_recorded_and_repeats_itself(folder: Path, run: Run) -> None:
