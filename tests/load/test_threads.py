@@ -120,14 +120,19 @@ def test_two_processes_of_four_threads(bundle: str, tmp_path: Path) -> None:
     assert differing([done._replace(results=(*done.results[:-1], nudged))], expected) != []
 
 
+def fp32_settings() -> list[str]:
+    """Return how PyTorch multiplies fp32 on a CPU."""
+    mkldnn: Any = torch.backends.mkldnn
+    return [mkldnn.matmul.fp32_precision, mkldnn.conv.fp32_precision]
+
+
 def test_loading_beside_losses_in_use(bundle: str) -> None:
     """Two threads load losses, which traces, while two others go on, and both find what one thread does."""
     losses = {weights: load(bundle, weights) for weights in WEIGHTS}
     expected = alone(bundle)
-    eager = [compute(DiffLoss.load(bundle, "torch", "cpu", *JOBS[0].weights), JOBS[0])]
-    before = [kind.fp32_precision for kind in (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)]  # type: ignore[attr-defined]
-    loading, wrong, turns = threading.Event(), [], 0
-    together = threading.Barrier(THREADS)
+    eager = compute(DiffLoss.load(bundle, "torch", "cpu", *JOBS[0].weights), JOBS[0])
+    before = fp32_settings()
+    loading, together, wrong = threading.Event(), threading.Barrier(THREADS), []
     loading.set()
 
     def use() -> int:
@@ -148,7 +153,7 @@ def test_loading_beside_losses_in_use(bundle: str) -> None:
         users = [pool.submit(use) for _ in range(2)]
         traced, checked = pool.submit(open_new, "torch"), pool.submit(open_new, "onnxruntime", check_every=1)
         try:
-            for found, right in zip(traced.result(), eager[0], strict=True):
+            for found, right in zip(traced.result(), eager, strict=True):
                 assert float((found - right).norm()) <= ROUNDING * float(right.norm())
             assert differing([Done(JOBS[0], "shared", checked.result(), 0, 0)], expected) == []
         finally:
@@ -156,8 +161,7 @@ def test_loading_beside_losses_in_use(bundle: str) -> None:
         turns = sum(user.result() for user in users)
     assert turns > 2 * len(JOBS)
     assert wrong == []
-    after = [kind.fp32_precision for kind in (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)]  # type: ignore[attr-defined]
-    assert after == before
+    assert fp32_settings() == before
 
 
 def test_each_call_has_a_number_of_its_own(bundle: str) -> None:
