@@ -70,7 +70,7 @@ def test_widened_graphs_are_the_float32_unet_with_rounded_weights(tmp_path: Path
     assert worst_error(bundle, unrounded, tmp_path) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["two_levels", "four_levels"])
+@pytest.mark.parametrize("kind", ["two_levels", pytest.param("four_levels", marks=pytest.mark.slow)])
 def test_scale_of_attention_is_not_rounded(exported: Callable[..., Exported], tmp_path: Path, kind: str) -> None:
     """PyTorch multiplies by 1 / sqrt(d) in float32; as a constant of a bfloat16 graph it would have three digits."""
     assert worst_error(exported(kind, "bf16").bundle, rounded(make_unet(kind, dtype=torch.float32)), tmp_path) < 1e-5

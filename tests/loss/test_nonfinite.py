@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed
-import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +22,7 @@ from diffloss_trt import DiffLoss, NoiseSchedule
 from diffloss_trt.nonfinite import nonfinite_results
 from diffloss_trt.objective import Terms
 from exports import make_schedule
+from ranks import train_in_two_processes
 from unets import make_unet
 
 Exported = tuple[Path, Any, NoiseSchedule]
@@ -249,7 +248,6 @@ def test_each_result_is_looked_at() -> None:
 
 def train_as_rank(rank: int, folder: Path, bundle: Path) -> None:
     """Train in each of two processes, of which the second gets a black image; leave the weights after each step."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     training = Training(DiffLoss.load(bundle, "onnxruntime", "cpu", nonfinite="skip", seed=3))
     training.network = DistributedDataParallel(training.network)  # type: ignore[assignment]
     weights, counts = [training.weights], []
@@ -258,11 +256,10 @@ def train_as_rank(rank: int, folder: Path, bundle: Path) -> None:
         weights.append(training.weights)
     counts.append(training.loss.calls)
     torch.save({"weights": weights, "calls": counts}, folder / f"rank{rank}")
-    torch.distributed.destroy_process_group()
 
 
 def test_all_ranks_skip_together(exported: Exported, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_as_rank, (tmp_path, exported[0]), nprocs=2)
+    train_in_two_processes(train_as_rank, tmp_path, exported[0])
     first, second = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
     assert all(torch.equal(*pair) for pair in zip(first["weights"], second["weights"], strict=True))
     changed = [not torch.equal(*pair) for pair in zip(first["weights"], first["weights"][1:], strict=False)]
@@ -273,7 +270,6 @@ def test_all_ranks_skip_together(exported: Exported, tmp_path: Path) -> None:
 
 def train_by_hand(rank: int, folder: Path, bundle: Path, judged: str) -> None:
     """Train in each of two processes without a scaler, leaving out a step if loss or gradient is not finite."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     loss = DiffLoss.load(bundle, "onnxruntime", "cpu", nonfinite="skip", seed=3)
     network = DistributedDataParallel(Normalising())
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
@@ -290,13 +286,12 @@ def train_by_hand(rank: int, folder: Path, bundle: Path, judged: str) -> None:
             optimizer.step()
     weights = torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
     torch.save({"weights": weights, "stepped": stepped}, folder / f"rank{rank}")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("judged", ["gradient", "loss"])
 def test_without_a_scaler_ranks_judge_by_the_gradient(judged: str, exported: Exported, tmp_path: Path) -> None:
     """It is averaged, and so the same on all; the loss is NaN on one rank alone, the other steps, and both are lost."""
-    torch.multiprocessing.spawn(train_by_hand, (tmp_path, exported[0], judged), nprocs=2)
+    train_in_two_processes(train_by_hand, tmp_path, exported[0], judged)
     first, second = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
     if judged == "gradient":
         assert first["stepped"] == second["stepped"] == [True, True, False, True]

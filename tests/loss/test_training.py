@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffloss_engine.errors import BackendError
 from diffloss_trt import DiffLoss, NoiseSchedule
+from ranks import train_in_two_processes
 
 Exported = tuple[Path, Any, NoiseSchedule]
 SETTINGS: dict[str, Any] = {"naturalness_weight": 1.0, "semantic_weight": 0.5, "value_range": (-1, 1)}
@@ -74,11 +75,10 @@ class Step(nn.Module):
         return total
 
 
-def train_as_rank(rank: int, folder: Path, bundle: Path, backend: str, device: str) -> None:
+def train_as_rank(rank: int, folder: Path, bundle: Path, device: str) -> None:
     """Train one step in each of two processes; leave what was drawn, and the gradients, in a file."""
     if device == "cuda":
         torch.cuda.set_device(rank)
-    torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(0)  # the same everywhere, as many trainers have it
     loss = load(bundle, device, seed=11)
     assert loss.device.index == (rank if device == "cuda" else None)
@@ -104,14 +104,13 @@ def train_as_rank(rank: int, folder: Path, bundle: Path, backend: str, device: s
     with torch.no_grad():
         assert torch.equal(resumed(degraded, target), loss(degraded, target))
     torch.save({"drawn": drawn, "gradients": [gradients(network), gradients(inside)]}, folder / f"rank{rank}")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(("backend", "device"), [("gloo", "cpu"), pytest.param("nccl", "cuda", marks=pytest.mark.gpu)])
 def test_two_processes_average_their_gradients(backend: str, device: str, exported: Exported, tmp_path: Path) -> None:
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    torch.multiprocessing.spawn(train_as_rank, (tmp_path, exported[0], backend, device), nprocs=2)
+    train_in_two_processes(train_as_rank, tmp_path, exported[0], device, backend=backend)
     ranks = [torch.load(tmp_path / f"rank{rank}", map_location="cpu") for rank in range(2)]
     assert not torch.isclose(ranks[0]["drawn"]["noise"], ranks[1]["drawn"]["noise"]).any()
     torch.manual_seed(0)
