@@ -25,6 +25,9 @@ from typing import Final
 
 import torch
 
+from diffloss_engine.bundle import Bundle
+from diffloss_engine.errors import BundleError
+
 ENCODER: Final = "encoder"
 NOISE_HEAD: Final = "noise_head"
 GRADIENT: Final = "gradient"
@@ -49,7 +52,38 @@ REFERENCE: Final = "reference.safetensors"
 
 PRECISIONS: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+# What each graph takes, at most, and the first of what it returns; the noise head takes the encoder's outputs before.
+_IMAGES: Final = (RESTORED, TARGET, NOISE, TIMESTEPS)
+_AGREED: Final = {
+    ENCODER: ([NOISY, TIMESTEPS], [BOTTLENECK]),
+    NOISE_HEAD: ([NOISY, TIMESTEPS], [NOISE]),
+    GRADIENT: ([*_IMAGES, NATURALNESS_WEIGHT, SEMANTIC_WEIGHT], [NATURALNESS, SEMANTIC, GRADIENT]),
+    SEMANTIC_GRADIENT: ([*_IMAGES, SEMANTIC_WEIGHT], [SEMANTIC, GRADIENT]),
+}
+
 
 def skip_name(index: int) -> str:
     """Return the tensor name of skip connection `index`, counted from the input convolution."""
     return f"skip_{index}"
+
+
+def check_names(bundle: Bundle) -> None:
+    """Raise BundleError if the tensors of a bundle's graphs are not those that were agreed on, by name and order."""
+    for name, (takes, returns) in _AGREED.items():
+        if name not in bundle.graphs:
+            continue
+        inputs, outputs = _names(bundle, name)
+        if name == NOISE_HEAD and ENCODER in bundle.graphs:
+            takes = [*_names(bundle, ENCODER)[1], *takes]
+        if inputs != takes[: len(inputs)] or returns != outputs[: len(returns)]:
+            raise BundleError(
+                f"{bundle.path}: the {name} graph takes {', '.join(takes)} and returns {', '.join(returns)}, "
+                f"but in this bundle it takes {', '.join(inputs)} and returns {', '.join(outputs)}"
+            )
+
+
+def _names(bundle: Bundle, graph: str) -> tuple[list[str], list[str]]:
+    inputs, outputs = (
+        [spec.name for spec in specs] for specs in (bundle.graphs[graph].inputs, bundle.graphs[graph].outputs)
+    )
+    return inputs, outputs

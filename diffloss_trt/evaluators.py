@@ -34,6 +34,7 @@ from diffloss_trt.contract import (
     SEMANTIC_GRADIENT,
     TIMESTEPS,
     UNET_CONFIG,
+    check_names,
 )
 from diffloss_trt.gradient import program_version, run_gradient_graph, trace_gradient
 from diffloss_trt.objective import Terms, combine, mean_square
@@ -151,6 +152,7 @@ class _BundleEvaluator:
     """What the evaluators on a bundle have in common: copies share it, and a pickle holds the bundle's place alone."""
 
     def __init__(self, bundle: Bundle, backend: str, device: torch.device) -> None:
+        check_names(bundle)
         self.bundle = bundle
         self.backend = backend
         self.device = device

@@ -21,7 +21,7 @@ from diffloss_engine.torch_session import TorchSession
 from diffloss_export.programs import Program
 from diffloss_export.reference import Reference
 from diffloss_export.widened import widened_specs, write_widened
-from diffloss_trt.contract import GRADIENT, PRECISIONS, SCHEDULE
+from diffloss_trt.contract import GRADIENT, PRECISIONS, SCHEDULE, check_names
 from diffloss_trt.evaluators import FusedEvaluator, open_recomputing
 from diffloss_trt.gradient import trace_gradient
 from diffloss_trt.probe import CHECK_WEIGHTS, Result, deviations, run_evaluator, run_gradient, worst_ratio
@@ -93,6 +93,7 @@ def verify_bundle(
     device = torch.device(device)
     on_stage("checking hashes")
     bundle.verify_hashes()
+    check_names(bundle)
     widens = bundle.precision == "bf16" and device.type == "cpu"
     report = Report(backend=("torch" if widens else "onnxruntime") if backend == "auto" else backend)
     with TemporaryDirectory() as scratch:

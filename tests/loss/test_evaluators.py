@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import BackendError, BackendUnavailableError
+from diffloss_engine.errors import BackendError, BackendUnavailableError, BundleError
+from diffloss_export.verify import verify_bundle
 from diffloss_trt import DiffLoss, NoiseSchedule
 from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
 from diffloss_trt.evaluators import FusedEvaluator, RecomputeEvaluator
@@ -253,6 +254,24 @@ def test_bundle_without_a_gradient_graph(
     caplog.clear()
     DiffLoss.load(folder, "onnxruntime", "cpu", backward="recompute")
     assert not caplog.text
+
+
+@pytest.mark.parametrize("graph", ["encoder", "noise_head", "gradient", "semantic_gradient"])
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_names_that_were_not_agreed_on(exported: Exported, tmp_path: Path, graph: str, side: str) -> None:
+    """The graph itself may have them too: nobody would know what to give it, or where its results are."""
+
+    def rename(manifest: Any) -> None:
+        manifest["graphs"][graph][side][0]["name"] = "else"
+
+    folder = shutil.copytree(exported[0], tmp_path / "bundle")
+    edit_json(folder / "manifest.json", rename)
+    said = rf"the {graph} graph takes .* but in this bundle it takes (else|.* returns else)"
+    for backend, backward in (("torch", "fused"), ("onnxruntime", "fused"), ("onnxruntime", "recompute")):
+        with pytest.raises(BundleError, match=said):
+            DiffLoss.load(folder, backend, "cpu", backward=backward)
+    with pytest.raises(BundleError, match=said):
+        verify_bundle(Bundle.open(folder))
 
 
 def test_every_batch_size_from_one_to_nine(exported: Exported, make_batch: Callable[..., Batch]) -> None:
