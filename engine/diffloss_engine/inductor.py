@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ def compile_program(program: nn.Module, inputs: Sequence[Tensor]) -> bytes:
         ):
             with settings_for_export():
                 exported = torch.export.export(program, tuple(inputs), strict=False)
+            if not inputs[0].is_cuda:
+                _keep_sums_out_of_place(exported.graph)
             path = Path(scratch) / "program.pt2"
             aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
             return path.read_bytes()
@@ -49,6 +52,26 @@ def compile_program(program: nn.Module, inputs: Sequence[Tensor]) -> bytes:
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise BackendUnavailableError(f"inductor cannot compile the program here: {first}") from error
+
+
+def _keep_sums_out_of_place(graph: torch.fx.Graph) -> None:
+    """Write each sum of a convolution and another tensor as a difference, which has the same value to the last bit.
+
+    On a CPU inductor (torch 2.13) lets such a convolution add to the other tensor in place, also where something that
+    was computed from that tensor, and is computed again where it is used, is still to be used: it then reads the sum.
+    """
+    aten = torch.ops.aten
+    convolutions = {*graph.find_nodes(op="call_function", target=aten.convolution.default)}
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        if node.kwargs or not all(isinstance(term, torch.fx.Node) for term in node.args):
+            continue
+        first, second = node.args
+        if first in convolutions:
+            first, second = second, first
+        if second in convolutions:
+            with graph.inserting_before(node):
+                node.args = (first, graph.call_function(aten.neg.default, (second,)))
+            node.target = aten.sub.Tensor
 
 
 def open_compiled(
@@ -97,6 +120,7 @@ def package_key(
         "program": program,
         "flavour": "inductor",
         "version": torch.__version__,
+        "compiler": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "gpu": gpu_identity(device) if device.type == "cuda" else None,
         "cpu": {"name": name, "features": sorted(key for key, value in capabilities.items() if value is True)},
         "precision": precision,

@@ -69,6 +69,30 @@ def test_a_compiled_program_computes_the_same(package: bytes) -> None:
         session({"image": image})
 
 
+class Residual(Program):
+    """What convolutions are added to is read again afterwards: `read`, computed from it where it is used."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        def convolve(x: Tensor) -> Tensor:
+            kernel = self.get_buffer("kernel")[:4]
+            result: Tensor = torch.ops.aten.convolution(x, kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+            return result
+
+        stream = torch.tanh(image)
+        read = stream * stream + 1
+        total = convolve(convolve(torch.tanh(read))) + stream
+        return total, read * convolve(total)
+
+
+def test_a_sum_does_not_overwrite_what_is_read_later() -> None:
+    image = torch.randn(IMAGE.shape)
+    results = [TensorSpec(name, "float32", IMAGE.shape) for name in ("total", "product")]
+    session = open_compiled(KEY, lambda: compile_program(Residual(), [image]), [IMAGE], results, CPU)
+    found = session({"image": image})
+    for name, expected in zip(("total", "product"), Residual()(image), strict=True):
+        torch.testing.assert_close(found[name], expected)
+
+
 def test_it_is_compiled_once(package: bytes, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     compiled = []
 
