@@ -21,12 +21,14 @@ outputs for two similar images loses digits, which half precision does not have 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import torch
 
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BundleError
+from diffloss_engine.tensors import TensorSpec
 
 ENCODER: Final = "encoder"
 NOISE_HEAD: Final = "noise_head"
@@ -72,9 +74,9 @@ def check_names(bundle: Bundle) -> None:
     for name, (takes, returns) in _AGREED.items():
         if name not in bundle.graphs:
             continue
-        inputs, outputs = _names(bundle, name)
+        inputs, outputs = _names(bundle.graphs[name].inputs), _names(bundle.graphs[name].outputs)
         if name == NOISE_HEAD and ENCODER in bundle.graphs:
-            takes = [*_names(bundle, ENCODER)[1], *takes]
+            takes = [*_names(bundle.graphs[ENCODER].outputs), *takes]
         if inputs != takes[: len(inputs)] or returns != outputs[: len(returns)]:
             raise BundleError(
                 f"{bundle.path}: the {name} graph takes {', '.join(takes)} and returns {', '.join(returns)}, "
@@ -82,8 +84,5 @@ def check_names(bundle: Bundle) -> None:
             )
 
 
-def _names(bundle: Bundle, graph: str) -> tuple[list[str], list[str]]:
-    inputs, outputs = (
-        [spec.name for spec in specs] for specs in (bundle.graphs[graph].inputs, bundle.graphs[graph].outputs)
-    )
-    return inputs, outputs
+def _names(specs: Iterable[TensorSpec]) -> list[str]:
+    return [spec.name for spec in specs]

@@ -12,11 +12,13 @@ import torch.multiprocessing
 
 
 def train_in_two_processes(function: Callable[..., None], folder: Path, *given: Any, backend: str = "gloo") -> None:
-    """Call `function(rank, folder, *given)` in each of two processes, which meet in `folder`."""
+    """Call `function(rank, folder, *given)` in each of two processes, which meet in `folder`; NCCL's each on a GPU."""
     torch.multiprocessing.spawn(_as_rank, (function, folder, given, backend), nprocs=2)
 
 
 def _as_rank(rank: int, function: Callable[..., None], folder: Path, given: tuple[Any, ...], backend: str) -> None:
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=2)
     function(rank, folder, *given)
     torch.distributed.barrier()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from diffloss_engine.errors import BackendUnavailableError
 from diffloss_engine.exclusive import exclusive
 from diffloss_engine.fp32_precision import settings_for_export
+from diffloss_engine.hashed_files import file_sha256
 from diffloss_engine.plan_cache import PlanCache, gpu_identity
 from diffloss_engine.progress import long_wait
 from diffloss_engine.tensors import TensorSpec
@@ -120,7 +120,7 @@ def package_key(
         "program": program,
         "flavour": "inductor",
         "version": torch.__version__,
-        "compiler": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "compiler": file_sha256(Path(__file__)),
         "gpu": gpu_identity(device) if device.type == "cuda" else None,
         "cpu": {"name": name, "features": sorted(key for key, value in capabilities.items() if value is True)},
         "precision": precision,

@@ -77,8 +77,6 @@ class Step(nn.Module):
 
 def train_as_rank(rank: int, folder: Path, bundle: Path, device: str) -> None:
     """Train one step in each of two processes; leave what was drawn, and the gradients, in a file."""
-    if device == "cuda":
-        torch.cuda.set_device(rank)
     torch.manual_seed(0)  # the same everywhere, as many trainers have it
     loss = load(bundle, device, seed=11)
     assert loss.device.index == (rank if device == "cuda" else None)
