@@ -278,9 +278,12 @@ def exports(content: Content, picture: str | None = None) -> list[str]:
                 f"{build['backend']}: {_cost(build)}" if build else "",
             ]
         )
+    names = [export["configuration"] for export in content["exports"]]
+    backends = {export["build"]["backend"] for export in content["exports"] if export.get("build")}
+    command = " ".join(["python benchmarks/export.py", *names, *(f"--build {backend}" for backend in backends)])
     return [
         "### Export",
-        f"Time and peak memory of all four graphs; {_machine(content)}; `python benchmarks/export.py`.",
+        f"Time and peak memory of all four graphs; {_machine(content)}; `{command}`.",
         markdown_table(header, lines),
         *_picture("Time of each stage of an export", picture),
     ]
