@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,7 @@ def compile_program(program: nn.Module, inputs: Sequence[Tensor]) -> bytes:
         # What inductor leaves in its own cache is as large as the result, and nobody would look for it again.
         with (
             exclusive,
+            _loops_split_evenly(),
             TemporaryDirectory() as scratch,
             fresh_cache(dir=scratch),
             torch.no_grad(),
@@ -72,6 +75,33 @@ def _keep_sums_out_of_place(graph: torch.fx.Graph) -> None:
             with graph.inserting_before(node):
                 node.args = (first, graph.call_function(aten.neg.default, (second,)))
             node.target = aten.sub.Tensor
+
+
+@contextmanager
+def _loops_split_evenly() -> Iterator[None]:
+    """Have inductor split a loop into rows only where it has as many steps as whole rows.
+
+    On a CPU inductor (torch 2.13) splits the loop over channels at the size of a group, to read one value per group,
+    and leaves out the last steps where the loop is over the first 64 of 96 channels, say, and a group has 12.
+    """
+    from torch._inductor.codegen.cpp import CppScheduling
+    from torch.utils._sympy.functions import FloorDiv
+
+    split = CppScheduling.try_loop_split
+
+    def split_evenly(scheduling: CppScheduling, nodes: list[Any]) -> list[Any]:
+        for node in nodes:
+            (sizes, _), body, (variables, _) = node.node.get_default_sizes_body()
+            steps = dict(zip(variables, sizes, strict=True))
+            indices = [index for index in body.indexing_exprs.values() if hasattr(index, "find")]  # not a plain number
+            divisions = {division.args for index in indices for division in index.find(FloorDiv)}
+            if any(steps[variable] % divisor for variable, divisor in divisions if variable in steps):
+                return nodes
+        whole: list[Any] = split(scheduling, nodes)
+        return whole
+
+    with mock.patch.object(CppScheduling, "try_loop_split", split_evenly):
+        yield
 
 
 def open_compiled(

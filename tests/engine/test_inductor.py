@@ -93,6 +93,22 @@ def test_a_sum_does_not_overwrite_what_is_read_later() -> None:
         torch.testing.assert_close(found[name], expected)
 
 
+class FirstOfGroups(nn.Module):
+    """The first 16 of 27 channels, in groups of 9, each times its group's factor."""
+
+    def forward(self, image: Tensor, factors: Tensor) -> tuple[Tensor, ...]:
+        factors = factors.expand(-1, -1, 9).reshape(2, 1, 27)
+        return ((image * factors)[..., :16] + 1,)
+
+
+def test_a_loop_over_part_of_a_group_is_whole() -> None:
+    inputs = {"image": torch.randn(2, 8, 27), "factors": torch.randn(2, 3, 1)}
+    specs = [TensorSpec(name, "float32", tuple(tensor.shape)) for name, tensor in inputs.items()]
+    result = TensorSpec("result", "float32", (2, 8, 16))
+    session = open_compiled(KEY, lambda: compile_program(FirstOfGroups(), [*inputs.values()]), specs, [result], CPU)
+    torch.testing.assert_close(session(inputs)["result"], *FirstOfGroups()(*inputs.values()))
+
+
 def test_it_is_compiled_once(package: bytes, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     compiled = []
 
