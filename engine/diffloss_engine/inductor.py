@@ -85,12 +85,13 @@ def _loops_split_evenly() -> Iterator[None]:
     and leaves out the last steps where the loop is over the first 64 of 96 channels, say, and a group has 12.
     """
     from torch._inductor.codegen.cpp import CppScheduling
+    from torch._inductor.ir import ComputedBuffer
     from torch.utils._sympy.functions import FloorDiv
 
     split = CppScheduling.try_loop_split
 
     def split_evenly(scheduling: CppScheduling, nodes: list[Any]) -> list[Any]:
-        for node in nodes:
+        for node in (node for node in nodes if isinstance(node.node, ComputedBuffer)):
             (sizes, _), body, (variables, _) = node.node.get_default_sizes_body()
             steps = dict(zip(variables, sizes, strict=True))
             indices = [index for index in body.indexing_exprs.values() if hasattr(index, "find")]  # not a plain number
