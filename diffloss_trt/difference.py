@@ -275,6 +275,9 @@ def _operands(tape: Tape, pair: Pair, factor: float = 1.0) -> tuple[Tensor, Tens
 
 # Group norm and silu
 
+# Pixels: a UNet's smaller levels have little to move, and more operations make for a longer build.
+_LARGE = 64 * 64
+
 
 def group_norm(
     tape: Tape,
@@ -295,21 +298,36 @@ def group_norm(
     k = (1/sqrt(b) - 1/sqrt(a)) / s = -delta / (sqrt(a) sqrt(b) (sqrt(a) + sqrt(b))).
     Of silu: d sigmoid(u) + v (sigmoid(u) - sigmoid(v)) / s, the last factor being
     1/2 tanh(s d / 2) (1 - tanh(u / 2) tanh(v / 2)) / s.
+
+    Means over a group are means over its channels' means: memory in which the channels come last cannot be viewed by
+    groups. Of a large image in half precision, where moving data is what takes the time, each of three passes
+    (statistics, result, way back) reads the halves anew and computes again what another has computed. A compiler that
+    merges equal operations would keep them in memory instead, in float32, as TensorRT-RTX does; it does not see through
+    the shapes, of which each pass has its own.
     """
     shape = x.value.shape
     batch, channels = shape[:2]
-    # The axes within a group are not merged: in channels-last memory they could not be, and would be walked one by one.
-    grouped = (batch, groups, channels // groups, *shape[2:])
-    axes = tuple(range(2, len(grouped)))
-    number = (1,) * (len(shape) - 2)
-    scale = tape.scale.view(-1, 1, 1, *number)
-    v, d = (wide(half).reshape(grouped) for half in (x.value, x.difference))
-    c = v - v.mean(axes, keepdim=True)
-    q = d - d.mean(axes, keepdim=True)
+    pixels = math.prod(shape[2:])
+    plain = tuple(shape[2:]) if len(shape) == 4 else (pixels, 1)
+    again = tape.dtype.itemsize < 4 and pixels >= _LARGE
+    scale = tape.scale.view(-1, 1, 1, 1)
+
+    def halves(*view: int) -> list[Tensor]:
+        return [wide(half.reshape(batch, channels, *view)) for half in (x.value, x.difference)]
+
+    def group_mean(y: Tensor) -> Tensor:
+        return y.mean((2, 3)).reshape(batch, groups, -1).mean(2, keepdim=True)
+
+    def to_channels(y: Tensor) -> Tensor:
+        return y.expand(-1, -1, channels // groups).reshape(-1, channels, 1, 1)
+
+    v, d = halves(pixels, 1) if again else halves(*plain)
+    mean_v, mean_d = to_channels(group_mean(v)), to_channels(group_mean(d))
+    c, q = v - mean_v, d - mean_d
     c_u = c + scale * q
-    r_v = ((c * c).mean(axes, keepdim=True) + eps).rsqrt()
-    r_u = ((c_u * c_u).mean(axes, keepdim=True) + eps).rsqrt()
-    delta = ((c + c_u) * q).mean(axes, keepdim=True)
+    r_v = (group_mean(c * c) + eps).rsqrt()
+    r_u = (group_mean(c_u * c_u) + eps).rsqrt()
+    delta = group_mean((c + c_u) * q)
     k = -delta * (r_v * r_u).square() / (r_v + r_u)
     gain, offset = wide(gain).view(1, -1), wide(offset).view(1, -1)
     if time_scale is not None and time_shift is not None:
@@ -317,20 +335,30 @@ def group_norm(
         gain, offset = gain * time_scale, offset * time_scale + time_shift
     if activate:  # silu reads halves
         gain, offset = gain * 0.5, offset * 0.5
-    gain, offset = (factor.reshape(-1, groups, channels // groups, *number) for factor in (gain, offset))
-    gain_u = r_u * gain
-    y_v = c * (r_v * gain) + offset
-    y_d = q * gain_u + c * (k * gain)
+    gain, offset = gain.reshape(-1, groups, channels // groups), offset.reshape(-1, channels, 1, 1)
+    gain_v, gain_u, gain_k = (to_channels(factor * gain) for factor in (r_v, r_u, k))
+    if again:
+        v, d = halves(*plain)
+        c, q = v - mean_v, d - mean_d
+    y_v = c * gain_v + offset
+    y_d = q * gain_u + c * gain_k
     if activate:
         y_v, y_d, slope = _silu_of_halves(y_v, y_d, scale)
 
     def back(g: Tensor) -> Sequence[Tensor]:
-        g = wide(g).reshape(grouped)
-        if activate:
-            g = g * slope
+        restored, factor = c_u, slope if activate else None
+        if again:
+            v, d = halves(1, pixels)
+            restored = (v - mean_v) + scale * (d - mean_d)
+            if activate:
+                y = restored * gain_u + offset
+                factor = _silu_slope(y, 1 + torch.tanh(y))
+        g = wide(g.reshape(restored.shape))
+        if factor is not None:
+            g = g * factor
         g = g * gain_u
-        along = (g * c_u).mean(axes, keepdim=True) * r_u.square()
-        return [(g - g.mean(axes, keepdim=True) - c_u * along).reshape(shape)]
+        along = to_channels(group_mean(g * restored) * r_u.square())
+        return [(g - to_channels(group_mean(g)) - restored * along).reshape(shape)]
 
     return tape.record(y_v.reshape(shape), y_d.reshape(shape), [x], back)
 
@@ -348,9 +376,12 @@ def _silu_of_halves(v: Tensor, d: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
     u = v + scaled
     t_v, t_u, t_d = torch.tanh(v), torch.tanh(u), torch.tanh(scaled)
     twice_sigmoid = 1 + t_u
-    slope = twice_sigmoid + u * (twice_sigmoid * (2 - twice_sigmoid))
     difference = d * twice_sigmoid + v * (1 - t_u * t_v) * (t_d * (1 / scale))
-    return v * (1 + t_v), difference, slope
+    return v * (1 + t_v), difference, _silu_slope(u, twice_sigmoid)
+
+
+def _silu_slope(half: Tensor, twice_sigmoid: Tensor) -> Tensor:
+    return twice_sigmoid + half * (twice_sigmoid * (2 - twice_sigmoid))
 
 
 # Sums, products and changes of shape

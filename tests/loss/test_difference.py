@@ -92,6 +92,8 @@ CASES: dict[str, Case] = {
     "group_norm_silu": norm_case(3, IMAGE, activate=True),
     "group_norm_time": norm_case(2, IMAGE, TIME, TIME, activate=False),
     "group_norm_time_silu": norm_case(2, IMAGE, TIME, TIME, activate=True),
+    "group_norm_large": norm_case(3, (4, 6, 64, 64), activate=False),
+    "group_norm_large_silu": norm_case(2, (4, 6, 64, 65), TIME, TIME, activate=True),
     "group_norm_of_tokens": norm_case(6, (4, 6, 9), activate=False),
     "silu": Case(aten.silu.default, lambda op, x: op(x)),
     "add": Case(aten.add.Tensor, lambda op, a, b: op(a, b), [IMAGE, IMAGE]),
@@ -213,11 +215,11 @@ def mutant(rule: Callable[..., Pair], right: str, wrong: str) -> Callable[..., P
         ("attention", "2 + m + mean", "2 + m", "difference"),
         ("attention", "of_logits @ k_u", "of_logits @ k_v", "gradient"),
         ("attention_scaled", "if scale is None else scale", "", "value"),
-        ("group_norm", "r_u = ((c_u * c_u)", "r_u = ((c * c)", "difference"),
+        ("group_norm", "group_mean(c_u * c_u)", "group_mean(c * c)", "difference"),
         ("group_norm", "(c + c_u) * q", "(c + c) * q", "difference"),
-        ("group_norm", " - c_u * along", "", "gradient"),
+        ("group_norm", " - restored * along", "", "gradient"),
         ("group_norm_time_silu", "offset * time_scale + time_shift", "offset + time_shift", "value"),
-        ("group_norm_silu", "g = g * slope", "pass", "gradient"),
+        ("group_norm_silu", "g = g * factor", "pass", "gradient"),
         ("multiply", "a.difference * u_b", "a.difference * b.value", "difference"),
         ("add_alpha", "[g, g if alpha == 1 else g * alpha]", "[g, g]", "gradient"),
         ("slice_steps", "[*behind, first,", "[*behind, 0,", "gradient"),
@@ -228,6 +230,23 @@ def test_negative_controls(name: str, right: str, wrong: str, seen_in: str, dtyp
     rule = mutant(RULES[CASES[name].rule], right, wrong)
     with pytest.raises(AssertionError, match=f"^{seen_in}: "):
         check(CASES[name], rule, dtype)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "seen_in"),
+    [
+        ("    v, d = halves(*plain)\n", "    v, d = halves(*plain)[0], 0 * d.reshape(shape)\n", "difference"),
+        ("(v - mean_v) + scale", "v + scale", "gradient"),
+        ("restored * gain_u + offset", "restored * gain_u", "gradient"),
+    ],
+)
+def test_negative_controls_of_a_large_group_norm(right: str, wrong: str, seen_in: str) -> None:
+    """Of what is computed again in half precision alone."""
+    case = CASES["group_norm_large_silu"]
+    rule = mutant(difference.group_norm, right, wrong)
+    check(case, rule, F32)
+    with pytest.raises(AssertionError, match=f"^{seen_in}: "):
+        check(case, rule, F16)
 
 
 def test_negative_control_sees_a_subtraction() -> None:
