@@ -34,6 +34,7 @@ BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 BENCHMARKS: Final = {
     "loss-step": "a step of the loss",
     "hot-spots": "a profile of a step",
+    "plan-traffic": "a plan's traffic",
     "train-step": "a training step",
     "scaling": "scaling",
     "export": "exports and builds",
@@ -44,6 +45,7 @@ PLANNED: Final = (
     ("loss-step", "celebahq256", "cuda"),
     ("loss-step", "adm256", "cuda"),
     ("hot-spots", "cifar10", "cpu"),
+    ("plan-traffic", "adm256", "cpu"),
     ("train-step", None, "cpu"),
     ("train-step", None, "cuda"),
     ("scaling", None, "cpu"),
@@ -91,6 +93,8 @@ def make_report(results: dict[str, Content]) -> Report:
             parts += sections.loss_step(content, picture(stem, sections.shown_rows(content), draw_loss_step))
         elif stem.startswith("hot-spots"):
             parts += sections.hot_spots(content)
+        elif stem.startswith("plan-traffic"):
+            parts += sections.plan_traffic(content)
         elif stem.startswith("train-step"):
             parts += sections.train_step(content, picture(stem, content["rows"], draw_train_step))
         elif stem.startswith("scaling"):

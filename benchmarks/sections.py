@@ -27,6 +27,7 @@ _RUNTIMES: Final = {
     "onnxruntime-gpu": "ONNX Runtime",
     "tensorrt": "TensorRT",
 }
+_BUILDER: Final = "tensorrt-rtx-cu13"
 # Numbers of ranks for which the measured times are extrapolated.
 _RANKS: Final = (1, 2, 4, 8, 16, 64)
 
@@ -179,6 +180,27 @@ def hot_spots(content: Content) -> list[str]:
         f"`python benchmarks/hot_spots.py {content['configuration']}`.",
         markdown_table(header, lines),
         "A way that did nothing but these convolutions, as fast, would be faster by the last column.",
+    ]
+
+
+def plan_traffic(content: Content) -> list[str]:
+    """Lay out what the kernels of each plan move, beside a forward pass."""
+    moved = {graph["graph"]: sum(graph["bytes"].values()) for graph in content["graphs"]}
+    forward = moved["encoder"] + moved["noise_head"]
+    header = ["graph", "kernels", "convolutions", "products", "others", "GB in all", "times forward", "scratch"]
+    lines = []
+    for graph in content["graphs"]:
+        total = moved[graph["graph"]]
+        kinds = (f"{graph['bytes'][kind] / 1e9:.2f}" for kind in ("convolutions", "products", "others"))
+        cells = [*kinds, f"{total / 1e9:.2f}", f"{total / forward:.2f}x", f"{graph['scratch_bytes'] / 2**20:.0f}"]
+        lines.append([graph["graph"], str(graph["kernels"]), *cells])
+    return [
+        f"What the kernels of TensorRT-RTX's plans of {title(content['configuration'])} read and write in GB, "
+        f"{content['precision']}, batch {content['batch_size']}, as its builder {content['versions'][_BUILDER]} lists "
+        f"them, and scratch memory in MiB; no plan is run, and no GPU is needed; {_machine(content)}; "
+        f"`python benchmarks/plan_traffic.py {content['configuration']}`. A forward pass is the encoder and the noise "
+        "head; a gradient's arithmetic is that of three.",
+        markdown_table(header, lines),
     ]
 
 

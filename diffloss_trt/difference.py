@@ -308,12 +308,15 @@ def group_norm(
     shape = x.value.shape
     batch, channels = shape[:2]
     pixels = math.prod(shape[2:])
-    plain = tuple(shape[2:]) if len(shape) == 4 else (pixels, 1)
+    plain = shape[2:] if len(shape) == 4 else (pixels, 1)
     again = tape.dtype.itemsize < 4 and pixels >= _LARGE
     scale = tape.scale.view(-1, 1, 1, 1)
 
-    def halves(*view: int) -> list[Tensor]:
-        return [wide(half.reshape(batch, channels, *view)) for half in (x.value, x.difference)]
+    def viewed(y: Tensor, *sides: int) -> Tensor:
+        return y if y.shape[2:] == sides else y.reshape(batch, channels, *sides)
+
+    def halves(*sides: int) -> list[Tensor]:
+        return [wide(viewed(half, *sides)) for half in (x.value, x.difference)]
 
     def group_mean(y: Tensor) -> Tensor:
         return y.mean((2, 3)).reshape(batch, groups, -1).mean(2, keepdim=True)
@@ -336,7 +339,7 @@ def group_norm(
     if activate:  # silu reads halves
         gain, offset = gain * 0.5, offset * 0.5
     gain, offset = gain.reshape(-1, groups, channels // groups), offset.reshape(-1, channels, 1, 1)
-    gain_v, gain_u, gain_k = (to_channels(factor * gain) for factor in (r_v, r_u, k))
+    gain_v, gain_u, gain_k = ((factor * gain).reshape(-1, channels, 1, 1) for factor in (r_v, r_u, k))
     if again:
         v, d = halves(*plain)
         c, q = v - mean_v, d - mean_d
@@ -353,14 +356,14 @@ def group_norm(
             if activate:
                 y = restored * gain_u + offset
                 factor = _silu_slope(y, 1 + torch.tanh(y))
-        g = wide(g.reshape(restored.shape))
+        g = wide(viewed(g, *restored.shape[2:]))
         if factor is not None:
             g = g * factor
         g = g * gain_u
         along = to_channels(group_mean(g * restored) * r_u.square())
-        return [(g - to_channels(group_mean(g)) - restored * along).reshape(shape)]
+        return [viewed(g - to_channels(group_mean(g)) - restored * along, *shape[2:])]
 
-    return tape.record(y_v.reshape(shape), y_d.reshape(shape), [x], back)
+    return tape.record(viewed(y_v, *shape[2:]), viewed(y_d, *shape[2:]), [x], back)
 
 
 def silu(tape: Tape, x: Pair) -> Pair:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+from filelock import FileLock
 
 # No test may depend on a network: huggingface_hub reads this when it is first imported, and then refuses at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,3 +44,16 @@ def seed() -> int:
     value = 20240629
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(scope="session")
+def builtin_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the built-in prior's bundle of batch 4, exported as a user would, once for all processes of a run."""
+    from diffloss_export.cli import main
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if _PROCESSES > 1 else folder) / "builtin"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            assert main(["onnx", "builtin", "-o", str(folder), "--batch-size", "4"]) == 0
+    return folder

@@ -23,7 +23,7 @@ def make_schedule(prediction_type: str = "epsilon") -> NoiseSchedule:
     return NoiseSchedule(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0), prediction_type)
 
 
-def make_model(kind: str = "two_levels", prediction_type: str = "epsilon", **changes: Any) -> LoadedModel:
+def make_model(kind: str = "one_level", prediction_type: str = "epsilon", **changes: Any) -> LoadedModel:
     """Return what `load_model` would; the exporter converts it in place, so each export needs a new one."""
     unet = make_unet(kind, dtype=torch.float32, **changes)
     return LoadedModel(unet, make_schedule(prediction_type), kind, ())

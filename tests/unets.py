@@ -20,7 +20,14 @@ BASE: dict[str, Any] = {
     "attention_head_dim": 8,
     "norm_num_groups": 4,
 }
+# Half the operations, for tests of what does not depend on the levels.
+_ONE_LEVEL: dict[str, Any] = {
+    "block_out_channels": (16,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+}
 KINDS: dict[str, dict[str, Any]] = {
+    "one_level": _ONE_LEVEL,
     "two_levels": {},
     "four_levels": {
         "sample_size": 32,
@@ -41,19 +48,19 @@ KINDS: dict[str, dict[str, Any]] = {
         "resnet_time_scale_shift": "scale_shift",
         "attn_norm_num_groups": 8,
     },
-    "variance": {"out_channels": 6},
+    "variance": _ONE_LEVEL | {"out_channels": 6},
     # That of google's published DDPM checkpoints.
     "asymmetric_padding": {"downsample_padding": 0, "freq_shift": 1, "flip_sin_to_cos": False},
-    "one_channel": {"in_channels": 1, "out_channels": 1},
-    "no_mid_attention": {"add_attention": False},
-    "no_mid_block": {"mid_block_type": None},
+    "one_channel": _ONE_LEVEL | {"in_channels": 1, "out_channels": 1},
+    "no_mid_attention": _ONE_LEVEL | {"add_attention": False},
+    "no_mid_block": _ONE_LEVEL | {"mid_block_type": None},
     "skip_blocks": {
         "block_out_channels": (32, 32),
         "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
         "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
     },
-    "learned_time": {"time_embedding_type": "learned", "num_train_timesteps": 1000},
-    "centred": {"center_input_sample": True},
+    "learned_time": _ONE_LEVEL | {"time_embedding_type": "learned", "num_train_timesteps": 1000},
+    "centred": _ONE_LEVEL | {"center_input_sample": True},
 }
 
 

@@ -92,6 +92,7 @@ def export_bundle(
         for name, make in programs.items():
             on_stage(f"exporting the {name} graph")
             graphs.append(write_graph(make(), weights))
+        on_stage("widening the UNet to float64")
         reference = Reference.of_unet(tapped, resolution)
         _record(reference, writer.path / REFERENCE, on_stage)
         reports: list[Report] = []

@@ -93,6 +93,7 @@ def test_a_step_is_three_passes_through_the_unet(tmp_path: Path) -> None:
     [
         ("loss-step", ["tiny", "--batch-sizes", "1", "2", "--precisions", "fp32", "--rounds", "2"]),
         ("hot-spots", ["tiny"]),
+        ("plan-traffic", ["tiny"]),
         ("train-step", ["tiny", "--side", "16", "--rounds", "2"]),
         ("scaling", ["tiny", "--batch-sizes", "1", "2", "--sides", "16", "32", "--rounds", "2"]),
         ("export", ["tiny"]),

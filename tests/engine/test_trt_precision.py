@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import helper
+from plan_traffic import kernels
 
 from diffloss_engine import BackendError, Graph
 from diffloss_engine.tensors import TensorSpec
@@ -22,7 +21,7 @@ from diffloss_engine.trt_build import FLAVOURS, build_plan
 from diffloss_engine.trt_precision import check_engine
 from diffloss_engine.trt_session import TrtSession
 
-trt: Any = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 FP16, FP32 = "float16", "float32"
 SaveGraph = Callable[..., Graph]
@@ -85,46 +84,10 @@ def test_one_product_in_another_precision_is_named(
 
 # Engines
 
-_LAYER = re.compile(
-    r"Name: (.*), LayerType: (\w+), Inputs: \[(.*?)\](?:, Constants: \[(.*?)\])?, Outputs: \[(.*?)\], TacticName: "
-)
-_TENSOR = re.compile(r"\{ Name: (\S+), Dimensions: (\[[\d,]*\]),.*? Datatype: (\w+),")
-
-
-class _Listener(trt.ILogger):  # type: ignore[misc]
-    def __init__(self) -> None:
-        trt.ILogger.__init__(self)
-        self.layers = ""
-
-    def log(self, _: Any, message: str) -> None:
-        if "LayerType: " in message:
-            self.layers += message
-
 
 def information(file: Path) -> str:
-    """Build an engine, whatever its precision, and return what the builder then says of its layers, as JSON.
-
-    It says that in the words of the inspector, and in the other of the inspector's two formats. The inspector itself
-    needs an engine that was loaded, and so a GPU.
-    """
-    listener = _Listener()
-    builder = trt.Builder(listener)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    assert trt.OnnxParser(network, listener).parse_from_file(str(file))
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    assert builder.build_serialized_network(network, config)
-    layers = []
-    for name, kind, *tensors in _LAYER.findall(listener.layers):
-        inputs, constants, outputs = (
-            [
-                {"Name": of, "Dimensions": json.loads(shape), "Datatype": dtype}
-                for of, shape, dtype in _TENSOR.findall(part)
-            ]
-            for part in tensors
-        )
-        layers.append({"Name": name, "LayerType": kind, "Inputs": inputs, "Constants": constants, "Outputs": outputs})
-    return json.dumps({"Layers": layers})
+    """Build an engine, whatever its precision, and return what the builder then says of its layers, as JSON."""
+    return json.dumps({"Layers": kernels(file)[0]})
 
 
 def test_an_engine_in_the_right_precision(tmp_path: Path, save_graph: SaveGraph) -> None:

@@ -21,14 +21,14 @@ from photographs import HELD_OUT, load
 ROOT = Path(__file__).parents[2]
 
 
-def test_builtin_prior_is_small_enough(bundle: Path) -> None:
+def test_builtin_prior_is_small_enough(builtin_bundle: Path) -> None:
     weights = ROOT / "export" / "diffloss_export" / "builtin" / "unet" / "diffusion_pytorch_model.safetensors"
     assert weights.stat().st_size <= 5_000_000
-    assert Bundle.open(bundle).resolution == (64, 64)
+    assert Bundle.open(builtin_bundle).resolution == (64, 64)
 
 
 @pytest.mark.parametrize("task", DEGRADATIONS)
-def test_builtin_prior_on_degraded_photographs(bundle: Path, task: str) -> None:
+def test_builtin_prior_on_degraded_photographs(builtin_bundle: Path, task: str) -> None:
     """Value and gradient of the bundle against float64 eager PyTorch, on photographs kept out of its training."""
     target = torch.stack([load(name)[:, 100:164, 200:264] for name in HELD_OUT])
     degraded = DEGRADATIONS[task](target, torch.Generator().manual_seed(0))
@@ -36,7 +36,7 @@ def test_builtin_prior_on_degraded_photographs(bundle: Path, task: str) -> None:
     timesteps = torch.tensor([10, 100, 500])
     model = load_model("builtin")
     reference = DiffLoss.from_unet(model.unet.double(), model.schedule, reduction="none")
-    found = DiffLoss.load(bundle, device="cpu", reduction="none")
+    found = DiffLoss.load(builtin_bundle, device="cpu", reduction="none")
     results = []
     for loss, dtype in ((found, torch.float32), (reference, torch.float64)):
         restored = degraded.to(dtype).requires_grad_()
@@ -51,9 +51,9 @@ def test_builtin_prior_on_degraded_photographs(bundle: Path, task: str) -> None:
 
 
 def test_example_writes_pictures_curves_and_table(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    builtin_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--out", str(tmp_path / "out"), "--task", "rain", "--steps", "4", "--bundle", str(bundle)]
+    arguments = ["--out", str(tmp_path / "out"), "--task", "rain", "--steps", "4", "--bundle", str(builtin_bundle)]
     monkeypatch.setattr(sys, "argv", ["restore.py", *arguments])
     assert restore.main() == 0
     written = {path.name for path in (tmp_path / "out").iterdir()}

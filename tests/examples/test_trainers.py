@@ -26,16 +26,18 @@ LOADERS_ADVICE = "ignore:.*does not have many workers:UserWarning"
 
 
 @pytest.fixture
-def loss_fn(bundle: Path) -> DiffLoss:
-    return DiffLoss.load(bundle, device="cpu", naturalness_weight=0.1, semantic_weight=1e-3)
+def loss_fn(builtin_bundle: Path) -> DiffLoss:
+    return DiffLoss.load(builtin_bundle, device="cpu", naturalness_weight=0.1, semantic_weight=1e-3)
 
 
 @pytest.fixture
-def run(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def run(
+    builtin_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
     """(module, *arguments) -> what `main` of an example prints when it is run on the bundle for two steps."""
 
     def run(module: Any, *arguments: str) -> str:
-        command = [f"{module.__name__}.py", str(bundle), "--steps", "2", *arguments]
+        command = [f"{module.__name__}.py", str(builtin_bundle), "--steps", "2", *arguments]
         monkeypatch.setattr(sys, "argv", command)
         assert module.main() == 0
         return capsys.readouterr().out
@@ -88,33 +90,35 @@ def test_accelerate(run: Callable[..., str]) -> None:
     assert total == pytest.approx([0.1 * n + 1e-3 * s for n, s in zip(naturalness, semantic, strict=True)], rel=1e-2)
 
 
-def test_list_of_criteria(run: Callable[..., str], bundle: Path) -> None:
+def test_list_of_criteria(run: Callable[..., str], builtin_bundle: Path) -> None:
     printed = run(train_criteria)
     assert len(logged(printed, "mse")) == len(logged(printed, "diffloss")) == 2
     # From the second step on a criterion has moved the network, and with it the other one.
     mse: dict[str, nn.Module] = {"mse": nn.MSELoss()}
-    diffloss = DiffLossCriterion(bundle, loss_weight=1e4, device="cpu")
+    diffloss = DiffLossCriterion(builtin_bundle, loss_weight=1e4, device="cpu")
     alone, both = (train_criteria.train(criteria, 64, 2) for criteria in (mse, mse | {"diffloss": diffloss}))
     assert alone[0]["mse"] == both[0]["mse"]
     assert alone[1]["mse"] != both[1]["mse"]
 
 
-def test_basicsr(bundle: Path) -> None:
+def test_basicsr(builtin_bundle: Path) -> None:
     try:
         train_basicsr.import_basicsr()
     except ImportError as error:
         pytest.skip(f"BasicSR cannot be imported: {error}")
-    model, history = train_basicsr.train(str(bundle), 2)
+    model, history = train_basicsr.train(str(builtin_bundle), 2)
     assert [entry.keys() for entry in history] == [{"l_pix", "l_percep"}] * 2
     assert all(entry["l_percep"] > 0 for entry in history)
     assert any((parameter != 0).any() for parameter in model.net_g.leave.parameters())
 
 
-def test_without_basicsr_that_is_said_in_one_line(bundle: Path, tmp_path: Path) -> None:
+def test_without_basicsr_that_is_said_in_one_line(builtin_bundle: Path, tmp_path: Path) -> None:
     # A torchvision that cannot be imported, and so no BasicSR either.
     (tmp_path / "torchvision.py").write_text("raise ImportError('no torchvision here')")
     code = f"import sys; sys.path[:0] = {[str(tmp_path), str(EXAMPLES)]}; import train_basicsr; train_basicsr.main()"
-    done = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(builtin_bundle)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.endswith("error: BasicSR cannot be imported: no torchvision here")

@@ -20,11 +20,11 @@ from unets import make_unet
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
-    """(kind="two_levels", precision="fp32", prediction_type="epsilon", resolution=None) -> Exported, batch size 2."""
+    """(kind="one_level", precision="fp32", prediction_type="epsilon", resolution=None) -> Exported, batch size 2."""
 
     @functools.cache
     def exported(
-        kind: str = "two_levels",
+        kind: str = "one_level",
         precision: str = "fp32",
         prediction_type: str = "epsilon",
         resolution: tuple[int, int] | None = None,
@@ -57,7 +57,7 @@ def copied(exported: Callable[..., Exported], tmp_path: Path) -> Callable[..., P
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a diffusers pipeline's folder with the smallest UNet."""
     folder = tmp_path_factory.mktemp("model") / "pipeline"
-    unet = make_unet("two_levels", dtype=torch.float32)
+    unet = make_unet("one_level", dtype=torch.float32)
     DDPMPipeline(unet=unet, scheduler=DDPMScheduler(beta_end=0.01)).save_pretrained(folder)
     return folder
 

@@ -35,9 +35,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("kind", "precision"),
     [
-        ("two_levels", "fp32"),
+        ("one_level", "fp32"),
         ("two_levels", "fp16"),
-        ("two_levels", "bf16"),
+        ("one_level", "bf16"),
+        pytest.param("two_levels", "fp32", marks=pytest.mark.slow),
+        pytest.param("two_levels", "bf16", marks=pytest.mark.slow),
         pytest.param("adm", "fp32", marks=pytest.mark.slow),
         pytest.param("four_levels", "bf16", marks=pytest.mark.slow),
         pytest.param("adm", "fp16", marks=pytest.mark.slow),

@@ -75,6 +75,7 @@ def test_onnx_writes_a_bundle_and_says_what_it_is(
         "exporting the noise_head graph",
         "exporting the gradient graph",
         "exporting the semantic_gradient graph",
+        "widening the UNet to float64",
         "computing what the gradient graph should return",
         "computing what the semantic_gradient graph should return",
         "checking hashes",
@@ -192,16 +193,14 @@ def test_wrong_usage_is_one_line(run: Run, arguments: list[str], message: str) -
     [
         (["--batch-size", 0], "batch size is 0; expected at least 1"),
         (["--batch-size", -3], "batch size is -3; expected at least 1"),
-        (["--resolution", 17], "resolution is 17x17; this UNet takes heights and widths that are multiples of 2"),
-        (["--resolution", "16x9"], "resolution is 16x9; this UNet takes heights and widths that are multiples of 2"),
+        (["--resolution", 17], "resolution is 17x17; this UNet takes heights and widths that are multiples of 8"),
+        (["--resolution", "16x9"], "resolution is 16x9; this UNet takes heights and widths that are multiples of 8"),
         (["--resolution", 0], "resolution is 0x0"),
         (["--revision", "main"], "revision"),
     ],
 )
-def test_settings_that_do_not_fit_the_model(
-    run: Run, model_folder: Path, tmp_path: Path, options: list[object], message: str
-) -> None:
-    status, out, err = run("onnx", model_folder, "-o", tmp_path / "bundle", *options)
+def test_settings_that_do_not_fit_the_model(run: Run, tmp_path: Path, options: list[object], message: str) -> None:
+    status, out, err = run("onnx", "builtin", "-o", tmp_path / "bundle", *options)
     assert (status, out) == (2, "")
     assert message in refusal(err)
     assert list(tmp_path.iterdir()) == []

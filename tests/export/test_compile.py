@@ -22,7 +22,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 def test_command(exported: Callable[..., Exported], capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    path = str(exported("two_levels", "bf16").bundle.path)
+    path = str(exported("one_level", "bf16").bundle.path)
     arguments = ["build", path, "--backend", "inductor", "--device", "cpu"]
     assert main(arguments) == 0
     captured = capsys.readouterr()

@@ -100,7 +100,7 @@ def test_external_data_lies_where_the_weight_of_that_name_lies(exported: Callabl
     ],
 )
 def test_weights_are_read_from_the_safetensors_file(copied: Callable[..., Path], graph: str, key: str) -> None:
-    folder = copied()
+    folder = copied("two_levels")
 
     def run() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the graph's outputs, and what the UNet in the bundle gives."""

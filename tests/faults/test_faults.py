@@ -19,7 +19,6 @@ from diffusers import DDPMPipeline, DDPMScheduler
 
 from diffloss_engine.bundle import Bundle, file_sha256
 from diffloss_engine.plan_cache import PlanCache
-from diffloss_export.cli import main
 from diffloss_export.models import LoadedModel
 from diffloss_export.pipeline import export_bundle
 from diffloss_trt import NoiseSchedule
@@ -46,7 +45,7 @@ for turn in range(10**9):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults") / "pipeline"
-    DDPMPipeline(unet=make_unet(dtype=torch.float32), scheduler=DDPMScheduler()).save_pretrained(folder)
+    DDPMPipeline(unet=make_unet("one_level", dtype=torch.float32), scheduler=DDPMScheduler()).save_pretrained(folder)
     return folder
 
 
@@ -199,10 +198,9 @@ print(bool(loss(*torch.rand(2, 3, 3, 64, 64)) > 0))
 """
 
 
-def test_an_engine_that_runs_out_of_memory(tmp_path: Path) -> None:
+def test_an_engine_that_runs_out_of_memory(builtin_bundle: Path) -> None:
     """It says what to do, and the process can go on."""
-    assert main(["onnx", "builtin", "-o", str(tmp_path / "bundle"), "--batch-size", "4"]) == 0
-    command = [sys.executable, "-c", STARVED, str(tmp_path / "bundle")]
+    command = [sys.executable, "-c", STARVED, str(builtin_bundle)]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     advice, works = run.stdout.splitlines()
     assert "too little memory for the engine's batch of 4" in advice
@@ -246,7 +244,7 @@ for step in range(first, 12):
 @pytest.mark.parametrize("kills", KILLS)
 def test_killed_trainings_go_on_as_if_nothing_had_been(kills: int, tmp_path: Path, seed: int) -> None:
     bundle = tmp_path / "bundle"
-    export_bundle(LoadedModel(make_unet(dtype=torch.float32), SCHEDULE, "test", ()), bundle, batch_size=4)
+    export_bundle(LoadedModel(make_unet("one_level", dtype=torch.float32), SCHEDULE, "test", ()), bundle, batch_size=4)
 
     def start(folder: Path) -> subprocess.Popen[str]:
         folder.mkdir(exist_ok=True)

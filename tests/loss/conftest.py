@@ -61,7 +61,7 @@ def batch(make_batch: Callable[..., Batch]) -> Batch:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, NoiseSchedule]:
     """A bundle of batch 4 of a UNet that predicts v, the UNet in float64, and the schedule."""
-    unet = make_unet("asymmetric_padding", dtype=torch.float32)
+    unet = make_unet("one_level", dtype=torch.float32)
     reference = copy.deepcopy(unet).double()
     schedule = NoiseSchedule.from_scheduler(DDPMScheduler(1000, prediction_type="v_prediction"))
     folder = tmp_path_factory.mktemp("loss") / "bundle"

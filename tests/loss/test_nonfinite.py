@@ -93,7 +93,7 @@ def make_loss(request: pytest.FixtureRequest, exported: Exported) -> MakeLoss:
 
     def make_loss(**settings: Any) -> DiffLoss:
         if request.param == "reference":
-            unet = make_unet("asymmetric_padding", dtype=torch.float32)
+            unet = make_unet("one_level", dtype=torch.float32)
             return DiffLoss.from_unet(unet, schedule, **settings)
         return DiffLoss.load(folder, "onnxruntime", "cpu", backward=request.param, **settings)
 

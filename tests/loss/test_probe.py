@@ -200,7 +200,7 @@ def damage_header(folder: Path) -> None:
 
 def zero_a_weight(folder: Path) -> None:
     weights = load_file(folder / UNET_WEIGHTS)
-    weights["up_blocks.1.resnets.0.conv1.weight"].zero_()
+    weights["up_blocks.0.resnets.0.conv1.weight"].zero_()
     save_file(weights, folder / UNET_WEIGHTS)
 
 

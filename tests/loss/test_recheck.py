@@ -227,9 +227,10 @@ TRAINERS = [
 ]
 
 
-def test_beside_what_trainers_set(exported: Exported) -> None:
+@pytest.mark.parametrize("trainers", [TRAINERS[1:3], pytest.param(TRAINERS, marks=pytest.mark.slow)])
+def test_beside_what_trainers_set(trainers: list[str], exported: Exported) -> None:
     """Both engine and reference are traced in PyTorch, and neither minds the settings, nor leaves others."""
-    command = [sys.executable, "-c", TRAINER, str(exported[0]), "torch", *TRAINERS]
+    command = [sys.executable, "-c", TRAINER, str(exported[0]), "torch", *trainers]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2"] * len(TRAINERS)
+    assert done.stdout.split() == ["2"] * len(trainers)

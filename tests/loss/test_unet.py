@@ -73,8 +73,9 @@ def test_resolution_multiple_is_what_the_layout_can_take(kind: str) -> None:
     assert features.noise is not None
     assert features.noise.shape == noisy.shape
     assert features.bottleneck.shape[2:] == (3, 5)
-    with pytest.raises(RuntimeError):
-        tapped.features(noisy[..., :-1], steps, with_noise=True)
+    if multiple > 1:
+        with pytest.raises(RuntimeError):
+            tapped.features(noisy[..., :-1], steps, with_noise=True)
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
