@@ -60,6 +60,7 @@ def kernels(file: Path) -> tuple[list[dict[str, Any]], int]:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     assert trt.OnnxParser(network, listener).parse_from_file(str(file))
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     assert builder.build_serialized_network(network, config)
     told = "\n".join(listener.told)

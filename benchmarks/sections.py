@@ -199,7 +199,7 @@ def plan_traffic(content: Content) -> list[str]:
         f"{content['precision']}, batch {content['batch_size']}, as its builder {content['versions'][_BUILDER]} lists "
         f"them, and scratch memory in MiB; no plan is run, and no GPU is needed; {_machine(content)}; "
         f"`python benchmarks/plan_traffic.py {content['configuration']}`. A forward pass is the encoder and the noise "
-        "head; a gradient's arithmetic is that of three.",
+        "head; the gradient's arithmetic is that of three.",
         markdown_table(header, lines),
     ]
 

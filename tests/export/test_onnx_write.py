@@ -33,9 +33,9 @@ from exports import Exported, external_entries, read_graph, rehash
 
 SHARED = [
     pytest.param("two_levels", "fp32", marks=pytest.mark.slow),
-    ("two_levels", "fp16"),
+    ("one_level", "fp16"),
     pytest.param("two_levels", "bf16", marks=pytest.mark.slow),
-    ("adm", "fp32"),
+    pytest.param("adm", "fp32", marks=pytest.mark.slow),
 ]
 GRAPHS = (ENCODER, NOISE_HEAD, GRADIENT, SEMANTIC_GRADIENT)
 
