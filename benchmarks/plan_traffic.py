@@ -6,7 +6,6 @@ Needs no GPU: the builder lists the kernels with their tensors. Each is counted 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -22,11 +21,8 @@ from machine import alone, describe
 
 from diffloss_engine.tensor_files import save_tensors
 from diffloss_engine.trt_build import import_flavour
-from diffloss_export.onnx_write import WeightFile, write_graph
-from diffloss_export.pipeline import check_resolution
-from diffloss_export.programs import blank_feature_programs, trace
-from diffloss_trt.contract import GRADIENT, PRECISIONS, SEMANTIC_GRADIENT, UNET_WEIGHTS
-from diffloss_trt.gradient import trace_gradient
+from diffloss_export.pipeline import check_resolution, write_graphs
+from diffloss_trt.contract import PRECISIONS, UNET_WEIGHTS
 from diffloss_trt.unet import TappedUNet
 
 _LAYER = re.compile(
@@ -95,16 +91,10 @@ def measure(file: Path) -> dict[str, Any]:
 def _write_graphs(configuration: str, precision: str, batch_size: int, folder: Path) -> list[Path]:
     tapped = TappedUNet((model := make_model(configuration)).unet, model.schedule)
     tapped.to(PRECISIONS[precision])
-    resolution = check_resolution(tapped, None)
     path = folder / UNET_WEIGHTS
     path.parent.mkdir()
     save_tensors(tapped.unet.state_dict(), path)
-    weights = WeightFile.read(folder, UNET_WEIGHTS)
-    makes = [functools.partial(trace, each) for each in blank_feature_programs(tapped, batch_size, resolution)]
-    for name in (SEMANTIC_GRADIENT, GRADIENT):
-        with_noise = name == GRADIENT
-        makes.append(functools.partial(trace_gradient, tapped, batch_size, resolution, with_noise=with_noise))
-    return [folder / write_graph(make(), weights).file for make in makes]
+    return [folder / graph.file for graph in write_graphs(tapped, folder, batch_size, check_resolution(tapped, None))]
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffloss_engine.bundle import Bundle, BundleWriter, file_sha256
+from diffloss_engine.bundle import Bundle, BundleWriter, Graph, file_sha256
 from diffloss_engine.errors import InputError
 from diffloss_engine.tensor_files import save_tensors
 from diffloss_export.onnx_write import WeightFile, write_graph
@@ -79,19 +79,7 @@ def export_bundle(
         tapped.to(PRECISIONS[precision])
         _check_finite(tapped, precision)
         _write_unet(tapped, writer)
-        programs = {
-            program.name: functools.partial(trace, program)
-            for program in blank_feature_programs(tapped, batch_size, resolution)
-        }
-        for name in (GRADIENT, SEMANTIC_GRADIENT) if gradient else ():
-            programs[name] = functools.partial(
-                trace_gradient, tapped, batch_size, resolution, with_noise=name == GRADIENT
-            )
-        weights = WeightFile.read(writer.path, UNET_WEIGHTS)
-        graphs = []
-        for name, make in programs.items():
-            on_stage(f"exporting the {name} graph")
-            graphs.append(write_graph(make(), weights))
+        graphs = write_graphs(tapped, writer.path, batch_size, resolution, gradient=gradient, on_stage=on_stage)
         on_stage("widening the UNet to float64")
         reference = Reference.of_unet(tapped, resolution)
         _record(reference, writer.path / REFERENCE, on_stage)
@@ -116,6 +104,30 @@ def export_bundle(
             check=check,
         )
     return bundle, reports[0]
+
+
+def write_graphs(
+    tapped: TappedUNet,
+    folder: Path,
+    batch_size: int,
+    resolution: tuple[int, int],
+    *,
+    gradient: bool = True,
+    on_stage: Stage = lambda _: None,
+) -> list[Graph]:
+    """Write the UNet's graphs beside its weights, which `folder` has already; with those of the gradient if asked."""
+    programs = {
+        program.name: functools.partial(trace, program)
+        for program in blank_feature_programs(tapped, batch_size, resolution)
+    }
+    for name in (GRADIENT, SEMANTIC_GRADIENT) if gradient else ():
+        programs[name] = functools.partial(trace_gradient, tapped, batch_size, resolution, with_noise=name == GRADIENT)
+    weights = WeightFile.read(folder, UNET_WEIGHTS)
+    graphs = []
+    for name, make in programs.items():
+        on_stage(f"exporting the {name} graph")
+        graphs.append(write_graph(make(), weights))
+    return graphs
 
 
 def check_resolution(tapped: TappedUNet, resolution: tuple[int, int] | None) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
     python tests/load/jobs.py BUNDLE RESULTS.pt
 
-It says "ready", waits for a line, and leaves what each thread computed, and when.
+When its threads have loaded their losses it says "ready", waits for a line, and leaves what each computed, and when.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -64,14 +65,15 @@ def compute(loss: DiffLoss, job: Job) -> tuple[Tensor, ...]:
     return (*(term.detach() for term in terms), gradient)
 
 
-def run_threads(bundle: str) -> list[Done]:
+def run_threads(bundle: str, when_loaded: Callable[[], None]) -> list[Done]:
     """Let each thread do every job twice, with losses that all share and with losses that it loads for itself."""
     shared = {weights: load(bundle, weights) for weights in WEIGHTS}
-    together = threading.Barrier(THREADS)
+    together, loaded = threading.Barrier(THREADS), threading.Barrier(THREADS, when_loaded)
 
     def work(thread: int) -> list[Done]:
         together.wait()
         own = {weights: load(bundle, weights, **OWN[thread]) for weights in WEIGHTS}
+        loaded.wait()
         done = []
         for turn in range(len(JOBS)):
             # At any moment the threads are at different jobs, of different batch sizes.
@@ -90,9 +92,12 @@ def main() -> None:
     """Run the command."""
     bundle, results = sys.argv[1:]
     torch.set_num_threads(1)
-    print("ready", flush=True)
-    sys.stdin.readline()
-    torch.save([(tuple(done.job), *done[1:]) for done in run_threads(bundle)], results)
+
+    def meet() -> None:
+        print("ready", flush=True)
+        sys.stdin.readline()
+
+    torch.save([(tuple(done.job), *done[1:]) for done in run_threads(bundle, meet)], results)
 
 
 if __name__ == "__main__":
