@@ -31,6 +31,8 @@ _LAYER = re.compile(
 _TENSOR = re.compile(r"\{ Name: (\S+), Dimensions: (\[[\d,]*\]),.*? Datatype: (\w+),")
 _SCRATCH = re.compile(r"Total Activation Memory: (\d+) bytes")
 _BYTES: Final = {"Bool": 1, "Half": 2, "BFloat16": 2, "Float": 4, "Int32": 4, "Int64": 8}
+# Not kernels, but one stream that waits for another.
+_EVENTS: Final = ("signal", "wait")
 # What the builder calls a kernel that is a convolution, and one with matrix products.
 _KINDS: Final = {"correlation": "convolutions", "gemm": "products", "runtime_fusion": "products"}
 
@@ -62,6 +64,8 @@ def kernels(file: Path) -> tuple[list[dict[str, Any]], int]:
     told = "\n".join(listener.told)
     found = []
     for name, kind, *parts in _LAYER.findall(told):
+        if kind in _EVENTS:
+            continue
         inputs, constants, outputs = (
             [
                 {"Name": of, "Dimensions": json.loads(shape), "Datatype": dtype}

@@ -157,11 +157,13 @@ def conv2d_input_gradient(
         return F.conv2d(gradient, weight, bias, 1, (max(0, rows), max(0, columns)), 1, groups)
     s0, s1 = stride
     taps = [math.ceil(k / s) for k, s in zip(kernel, stride, strict=True)]
-    weight = F.pad(weight, (0, taps[1] * s1 - kernel[1], 0, taps[0] * s0 - kernel[0]))
+    for axis, (k, tap, s) in enumerate(zip(kernel, taps, stride, strict=True), start=3):
+        # Not F.pad, which TensorRT would do at every step.
+        weight = torch.cat([weight, *[0 * weight.narrow(axis, 0, 1)] * (tap * s - k)], axis)
     weight = weight.reshape(groups * in_channels, out_channels // groups, taps[0], s0, taps[1], s1).flip(2, 4)
     weight = weight.permute(0, 3, 5, 1, 2, 4).reshape(-1, out_channels // groups, *taps)
     if bias is not None:
-        bias = bias.view(-1, 1).expand(-1, s0 * s1).reshape(-1)
+        bias = torch.stack([bias] * (s0 * s1), 1).flatten()
     phases = F.conv2d(gradient, weight, bias, 1, [tap - 1 for tap in taps], 1, groups)
     batch, _, rows, columns = phases.shape
     image = phases.reshape(batch, groups * in_channels, s0, s1, rows, columns).permute(0, 1, 4, 2, 5, 3)
@@ -186,12 +188,9 @@ def upsampled_conv2d(
     rows, columns = factors
     size = x.value.shape[2] * rows, x.value.shape[3] * columns
     kernel = wide(weight).transpose(0, 1).flip(2, 3)
-    kernel = tape.narrow(
-        functools.reduce(
-            torch.add,
-            [F.pad(kernel, (j, columns - 1 - j, i, rows - 1 - i)) for i in range(rows) for j in range(columns)],
-        )
-    )
+    for axis, factor in enumerate(factors, start=2):
+        kernel = _summed_taps(kernel, axis, factor)
+    kernel = tape.narrow(kernel)
 
     def enlarged(half: Tensor, bias: Tensor | None) -> Tensor:
         return conv2d_input_gradient(tape.narrow(half), kernel, size, factors, padding, 1, bias)
@@ -204,14 +203,23 @@ def upsampled_conv2d(
     )
 
 
+def _summed_taps(kernel: Tensor, axis: int, factor: int) -> Tensor:
+    """Return a kernel each tap of which is the sum of `factor` taps in a row, with zeros before the first and last."""
+    # Not by F.pad, which TensorRT would do at every step.
+    taps = kernel.split(1, axis)
+    ends = range(1, len(taps) + factor)
+    return torch.cat([functools.reduce(torch.add, taps[max(0, end - factor) : end]) for end in ends], axis)
+
+
 def linear(tape: Tape, x: Pair, weight: Tensor, bias: Tensor | None = None) -> Pair:
     """`F.linear`."""
-    return tape.record(
-        F.linear(tape.narrow(x.value), weight, bias),
-        F.linear(tape.narrow(x.difference), weight),
-        [x],
-        lambda g: [F.linear(tape.narrow(g), weight.T)],
-    )
+
+    def times(y: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        # As one product: of a batch that is not contiguous PyTorch makes many, each with a copy of the matrix.
+        rows = tape.narrow(y).reshape(-1, y.shape[-1])
+        return F.linear(rows, matrix, bias).reshape(*y.shape[:-1], -1)
+
+    return tape.record(times(x.value, weight, bias), times(x.difference, weight), [x], lambda g: [times(g, weight.T)])
 
 
 def attention(

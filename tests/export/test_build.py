@@ -10,14 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from plan_traffic import kernels
 
 from diffloss_engine import BackendError
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.plan_cache import PlanCache
+from diffloss_engine.tensor_files import save_tensors
 from diffloss_engine.trt_build import BuildOptions
 from diffloss_export.build import build_bundle
 from diffloss_export.cli import main
-from diffloss_export.pipeline import export_bundle
+from diffloss_export.pipeline import export_bundle, write_graphs
+from diffloss_trt.contract import GRADIENT, UNET_WEIGHTS
+from diffloss_trt.unet import TappedUNet
 from exports import Exported, edit_json, make_model, rehash
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
@@ -62,6 +67,19 @@ def test_every_graph_becomes_a_plan(kind: str, precision: str, exported: Callabl
     assert [(plan.graph, plan.bytes, None) for plan in plans] == [
         (plan.graph, plan.bytes, plan.seconds) for plan in again
     ]
+
+
+def test_a_plan_computes_nothing_from_weights_alone(tmp_path: Path) -> None:
+    """Kernels flipped, summed and padded are made when a plan is built, not at every step."""
+    plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
+    model = make_model("two_levels", block_out_channels=(16, 16), **plain)
+    tapped = TappedUNet(model.unet, model.schedule).to(torch.float16)
+    (tmp_path / UNET_WEIGHTS).parent.mkdir()
+    save_tensors(tapped.unet.state_dict(), tmp_path / UNET_WEIGHTS)
+    write_graphs(tapped, tmp_path, 1, (16, 16))
+    found, _ = kernels(tmp_path / f"{GRADIENT}.onnx")
+    assert len(found) > 50
+    assert [kernel["Name"] for kernel in found if not kernel["Inputs"]] == []
 
 
 @pytest.fixture(scope="module")
