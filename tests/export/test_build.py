@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,8 +72,8 @@ def test_every_graph_becomes_a_plan(kind: str, precision: str, exported: Callabl
 
 def test_a_plan_computes_nothing_from_weights_alone(tmp_path: Path) -> None:
     """Kernels flipped, summed and padded are made when a plan is built, not at every step."""
-    plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
-    model = make_model("two_levels", block_out_channels=(16, 16), **plain)
+    blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    model = make_model("two_levels", block_out_channels=(16, 16), add_attention=False, **blocks)
     tapped = TappedUNet(model.unet, model.schedule).to(torch.float16)
     (tmp_path / UNET_WEIGHTS).parent.mkdir()
     save_tensors(tapped.unet.state_dict(), tmp_path / UNET_WEIGHTS)
