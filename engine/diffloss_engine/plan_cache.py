@@ -70,6 +70,13 @@ class PlanCache:
             plan = self._read(key)
             return self._build(key, build, obstacle, must_keep) if plan is None else plan
 
+    def find(self, key: Key) -> Plan | None:
+        """Return the plan of `key`, or None; one that is damaged or somebody else's is set aside as `get` does."""
+        if self._make_folder() is not None:
+            return None
+        with self._locked(key):
+            return self._read(key)
+
     def reject(self, key: Key, reason: str) -> None:
         """Set aside a plan that the runtime refuses, so that the next `get` builds it anew."""
         if self._make_folder() is None:

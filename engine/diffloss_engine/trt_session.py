@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.errors import BackendError, BackendUnavailableError
-from diffloss_engine.plan_cache import PlanCache, gpu_identity
+from diffloss_engine.plan_cache import Key, Plan, PlanCache, gpu_identity
 from diffloss_engine.progress import long_wait
 from diffloss_engine.tensors import TensorSpec, addressable, check_tensors, concrete_device
 from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour, make_runtime, recording_logger
@@ -144,23 +144,23 @@ def open_plan(
         raise BackendUnavailableError(f"{flavour} needs a GPU that torch can use; on device {device} there is none")
     device = concrete_device(device)
     cache = PlanCache()
-    key = chosen_key(cache, plan_key(flavour, digest, precision, inputs, BuildOptions(), device))
+    key = plan_key(flavour, digest, precision, inputs, BuildOptions(), device)
 
     def build() -> memoryview:
         with long_wait(f"building a plan of {graph_file} with {flavour}"):
             return build_plan(graph_file, flavour=flavour, precision=precision)
 
-    def load() -> TrtSession:
-        plan = cache.get(key, build)
+    def load(plan: Plan) -> TrtSession:
         return TrtSession(plan, inputs, outputs, flavour=flavour, device=device, precision=precision)
 
     with torch.cuda.device(device):
+        used, plan = kept_or_built(cache, key, build)
         try:
-            return load()
+            return load(plan)
         except BackendUnavailableError as error:
             # What a plan can come to depend on beyond its key is the driver.
-            cache.reject(key, str(error))
-        return load()
+            cache.reject(used, str(error))
+        return load(cache.get(key, build))
 
 
 def plan_key(
@@ -193,10 +193,16 @@ def plan_key(
     }
 
 
-def chosen_key(cache: PlanCache, key: dict[str, Any]) -> dict[str, Any]:
-    """Return the key of the plan that is used for `key`: the latest that is kept, whatever its options, or `key`."""
+def kept_or_built(cache: PlanCache, key: Key, build: Callable[[], Plan]) -> tuple[Key, Plan]:
+    """Return the plan that is used for `key`, and its own key: the latest that is kept, whatever its options.
+
+    If there is none, or it is damaged, the plan of `key` itself, which `build` makes if it has to be made.
+    """
     # One that was built with other options was built on purpose.
-    return next((other for other in cache.list_keys() if _without_options(other) == _without_options(key)), key)
+    latest = next((kept for kept in cache.list_keys() if _without_options(kept) == _without_options(key)), None)
+    if latest is not None and (plan := cache.find(latest)) is not None:
+        return latest, plan
+    return key, cache.get(key, build)
 
 
 def _without_options(key: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from diffloss_engine.errors import InputError
 from diffloss_engine.plan_cache import PlanCache
 from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour
 from diffloss_engine.trt_profile import Profile, import_driver, largest, profile_plan
-from diffloss_engine.trt_session import chosen_key, plan_key
+from diffloss_engine.trt_session import kept_or_built, plan_key
 
 PERCENTILES = (50, 90, 99)
 _SHOWN = 20
@@ -45,7 +45,7 @@ def profile_bundle(
             torch.device("cuda", 0),
         )
         build = functools.partial(build_plan, file, flavour=flavour, precision=bundle.precision)
-        plan = cache.get(chosen_key(cache, key), build)
+        _, plan = kept_or_built(cache, key, build)
         on_stage(f"running the {name} graph")
         profiles[name] = profile_plan(plan, flavour=flavour, runs=runs)
     return profiles

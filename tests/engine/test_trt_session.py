@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffloss_engine import DTYPES, BackendError, BackendUnavailableError, Graph
+from diffloss_engine.plan_cache import PlanCache
 from diffloss_engine.tensors import concrete_device
 from diffloss_engine.trt_build import FLAVOURS, build_plan, import_flavour
-from diffloss_engine.trt_session import TrtSession
+from diffloss_engine.trt_session import TrtSession, kept_or_built
 
 SaveConv = Callable[[Path, str], Graph]
 CUDA = torch.device("cuda")
@@ -41,6 +42,19 @@ def test_a_runtime_that_cannot_be_made_is_an_error() -> None:
     assert done.returncode == 0
     assert "does not work here: " in done.stdout
     assert "CUDA" in done.stdout
+
+
+def test_a_plan_of_other_options_is_used_and_never_rebuilt_without_them(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path / "plans")
+    key = {"graph": "a" * 64, "options": {"optimization_level": None}}
+    other = key | {"options": {"optimization_level": 5}}
+    assert kept_or_built(cache, key, lambda: b"by default") == (key, b"by default")
+    cache.get(other, lambda: b"chosen")
+    assert kept_or_built(cache, key, lambda: b"") == (other, b"chosen")
+    (plan,) = (plan for plan in cache.folder.glob("*.plan") if b"chosen" in plan.read_bytes())
+    plan.write_bytes(plan.read_bytes().replace(b"chosen", b"broken"))
+    assert kept_or_built(cache, key, lambda: b"") == (key, b"by default")
+    assert cache.list_keys() == [key]
 
 
 @pytest.mark.parametrize("module", ["tensorrt_lean_bindings", "tensorrt_rtx"])
