@@ -231,10 +231,16 @@ def check_evaluator(evaluator: Evaluator, bundle: Bundle) -> None:
 
 def held_to(runs: Session | Evaluator | FusedEvaluator, bundle: Bundle) -> str:
     """Return the precision whose tolerances hold."""
-    if runs.backend != "torch":
-        return bundle.precision
-    # PyTorch widens the weights on a CPU; on a GPU it multiplies float32 with the mantissa of fp16, unless told not to.
-    return "fp32" if runs.device.type == "cpu" else ("bf16" if bundle.precision == "bf16" else "fp16")
+    if runs.device.type == "cuda" and (runs.backend in ("torch", "inductor") or _differentiates(runs)):
+        # There PyTorch multiplies float32 with the mantissa of fp16 (TF32), unless told not to.
+        return "bf16" if bundle.precision == "bf16" else "fp16"
+    # On a CPU it widens the weights.
+    return "fp32" if runs.backend == "torch" else bundle.precision
+
+
+def _differentiates(runs: Session | Evaluator | FusedEvaluator) -> bool:
+    """Whether the gradient is PyTorch's, whatever runs forward; a session differentiates nothing."""
+    return getattr(runs, "backward", None) == "recompute"
 
 
 def first_beyond(found: Result, expected: Result, allowed: Tolerance) -> Deviation | None:

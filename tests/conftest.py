@@ -30,7 +30,8 @@ hypothesis.settings.load_profile("diffloss")
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return how many processes `-n auto` means: a GPU's memory is measured by one alone."""
-    return 0 if "gpu" in config.option.markexpr.replace("not gpu", "") else min(4, os.cpu_count() or 1)
+    with_gpu = torch.cuda.is_available() and "not gpu" not in config.option.markexpr
+    return 0 if with_gpu else min(4, os.cpu_count() or 1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

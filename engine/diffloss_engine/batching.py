@@ -16,13 +16,15 @@ def run_batched(session: Session, inputs: Mapping[str, Tensor]) -> dict[str, Ten
     What fills a batch up is its last sample again: values that the network is known to be able to take.
     """
     size = session.inputs[0].shape[0]
-    count = len(inputs[session.inputs[0].name])
+    first = inputs[session.inputs[0].name]
+    count = len(first)
     if count == size:
         return session(inputs)
     parts = []
     for start in range(0, count, size):
         used = min(size, count - start)
-        rows = torch.arange(start, start + size).clamp(max=count - 1)
-        part = session({name: tensor[rows.to(tensor.device)] for name, tensor in inputs.items()})
+        # Made where it is used: a copy to the GPU waits, and no CUDA graph can capture it.
+        rows = torch.arange(start, start + size, device=first.device).clamp(max=count - 1)
+        part = session({name: tensor[rows] for name, tensor in inputs.items()})
         parts.append({name: tensor[:used] for name, tensor in part.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

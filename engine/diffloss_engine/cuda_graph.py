@@ -39,8 +39,12 @@ class GraphedSession:
                 session(self._given)  # what is done but once must not be recorded
             graph = torch.cuda.CUDAGraph()
             try:
-                # Other threads may go on using the GPU meanwhile.
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                # Other threads may go on using the GPU meanwhile. After a capture that fails PyTorch leaves its stream
+                # the current one, which the outer block puts right.
+                with (
+                    torch.cuda.stream(torch.cuda.current_stream()),
+                    torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+                ):
                     self._made = session(self._given)
             except RuntimeError as error:
                 raise BackendError(f"{self.backend} cannot be recorded as a CUDA graph: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -129,11 +130,24 @@ def open_compiled(
             path = Path(scratch) / "program.pt2"
             path.write_bytes(package)
             del package  # as large as the weights, twice
-            run = aoti_load_package(str(path), device_index=-1 if device.index is None else device.index)
+            # Otherwise each call asks, and waits, whether the one before has finished, which no CUDA graph can capture.
+            single = device.type == "cuda"
+            index = -1 if device.index is None else device.index
+            run = aoti_load_package(str(path), run_single_threaded=single, device_index=index)
     # Also inductor wants a place for temporary files, when it is imported.
     except (RuntimeError, OSError) as error:
         raise BackendUnavailableError(f"a program compiled by inductor cannot be loaded: {error}") from error
-    return TorchSession(run, inputs, outputs, device, backend="inductor")
+    return TorchSession(_one_at_a_time(run) if single else run, inputs, outputs, device, backend="inductor")
+
+
+def _one_at_a_time(run: Callable[..., Any]) -> Callable[..., Any]:
+    enqueuing = threading.Lock()
+
+    def locked(*inputs: Tensor) -> Any:
+        with enqueuing:
+            return run(*inputs)
+
+    return locked
 
 
 def package_key(
@@ -156,7 +170,8 @@ def package_key(
         "cpu": {"name": name, "features": sorted(key for key, value in capabilities.items() if value is True)},
         "precision": precision,
         "inputs": [spec.to_json() for spec in inputs],
-        "options": {},
+        # Some of a GPU's kernels are compiled with it; the others look at it when they run.
+        "options": {"fp32": torch.backends.cudnn.conv.fp32_precision} if device.type == "cuda" else {},  # type: ignore[attr-defined]
     }
 
 

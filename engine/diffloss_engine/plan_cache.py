@@ -77,11 +77,16 @@ class PlanCache:
         with self._locked(key):
             return self._read(key)
 
-    def reject(self, key: Key, reason: str) -> None:
-        """Set aside a plan that the runtime refuses, so that the next `get` builds it anew."""
+    def reject(self, key: Key, plan: Plan, reason: str) -> None:
+        """Set aside a plan that the runtime refuses, so that the next `get` builds it anew.
+
+        What another process has put in its place meanwhile stays.
+        """
         if self._make_folder() is None:
             with self._locked(key):
-                self._set_aside(key, reason)
+                kept = self._read(key)
+                if kept is not None and hashlib.sha256(kept).digest() == hashlib.sha256(plan).digest():
+                    self._set_aside(key, reason)
 
     def list_keys(self) -> list[dict[str, Any]]:
         """Return the keys of what is there, the latest first; the plans themselves are not read."""

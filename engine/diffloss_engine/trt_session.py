@@ -32,16 +32,21 @@ _DTYPES = {
 }
 
 
+class RefusedPlanError(BackendUnavailableError):
+    """A plan is for another GPU, version or graph; building it anew may help."""
+
+
 class TrtSession:
     """One plan; see `Session` for the contract.
 
     Inputs are read and outputs written where torch keeps them, without a copy, except that an input that is not
     contiguous, or begins at an odd address, is first copied. Scratch memory comes from torch's allocator at each call:
-    so sessions that run one after the other share it, with each other and with the training around them, calls on
-    several streams do not disturb each other, and a CUDA graph that captures a call owns what the call needs.
+    so sessions that run one after the other share it, with each other and with the training around them, and a CUDA
+    graph that captures a call owns what the call needs. Calls from several streams run one after the other.
 
-    It is run once when it is opened. Raises BackendUnavailableError if the plan is not for this GPU or this version, or
-    is not of these tensors; BackendError if it does not compute in `precision`, as far as `check_engine` can tell.
+    It is run once when it is opened. Raises RefusedPlanError if the plan is not for this GPU or this version, or is not
+    of these tensors; BackendUnavailableError if TensorRT does not work here; BackendError if the plan does not compute
+    in `precision`, as far as `check_engine` can tell.
     """
 
     def __init__(
@@ -68,7 +73,7 @@ class TrtSession:
             self._runtime = make_runtime(trt, self._logger)
             engine = self._runtime.deserialize_cuda_engine(plan)
             if engine is None:
-                raise BackendUnavailableError(f"{flavour} {trt.__version__} refuses the plan: {self._logger.take()}")
+                raise RefusedPlanError(f"{flavour} {trt.__version__} refuses the plan: {self._logger.take()}")
             _compare(trt, engine, self.inputs, self.outputs)
             inspector = engine.create_engine_inspector()
             context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
@@ -97,9 +102,10 @@ class TrtSession:
             }
             # Freed when this returns, which in torch's allocator means: for later work on this stream.
             scratch = torch.empty(max(1, self._scratch_bytes), dtype=torch.uint8, device=self.device)
-            # On the default stream TensorRT would wait for the GPU. All tensors belong to torch's current stream, which
-            # waits for the other one: what it does with their memory afterwards comes after.
-            running = stream if stream.cuda_stream else self._stream
+            # A context may run on one stream at a time, and on the default one TensorRT would wait for the GPU. All
+            # tensors belong to torch's current stream, which waits for the other one: what it does with their memory
+            # afterwards comes after.
+            running = stream if torch.cuda.is_current_stream_capturing() else self._stream
             with self._enqueuing:
                 context = self._context
                 if context is None:
@@ -146,7 +152,11 @@ def open_plan(
     cache = PlanCache()
     key = plan_key(flavour, digest, precision, inputs, BuildOptions(), device)
 
+    built = False
+
     def build() -> memoryview:
+        nonlocal built
+        built = True
         with long_wait(f"building a plan of {graph_file} with {flavour}"):
             return build_plan(graph_file, flavour=flavour, precision=precision)
 
@@ -157,9 +167,11 @@ def open_plan(
         used, plan = kept_or_built(cache, key, build)
         try:
             return load(plan)
-        except BackendUnavailableError as error:
+        except RefusedPlanError as error:
+            if built:
+                raise
             # What a plan can come to depend on beyond its key is the driver.
-            cache.reject(used, str(error))
+            cache.reject(used, plan, str(error))
         return load(cache.get(key, build))
 
 
@@ -210,7 +222,7 @@ def _without_options(key: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compare(trt: ModuleType, engine: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
-    """Raise BackendUnavailableError unless the engine has exactly these tensors."""
+    """Raise RefusedPlanError unless the engine has exactly these tensors."""
     found = {}
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
@@ -225,4 +237,4 @@ def _compare(trt: ModuleType, engine: Any, inputs: Sequence[TensorSpec], outputs
         for spec in specs
     }
     if found != expected:
-        raise BackendUnavailableError(f"{trt.__name__}: the plan has the tensors {found}, expected {expected}")
+        raise RefusedPlanError(f"{trt.__name__}: the plan has the tensors {found}, expected {expected}")

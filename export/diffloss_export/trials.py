@@ -121,6 +121,7 @@ def try_inductor() -> dict[str, Any]:
     import torch
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils.cpp_extension import CUDA_HOME
 
     from diffloss_engine.inductor import has_bfloat16
 
@@ -130,6 +131,8 @@ def try_inductor() -> dict[str, Any]:
     else:
         works = ["bf16"] if has_bfloat16(torch.device("cpu")) else []
         reason = "on a CPU auto compiles for bf16 alone, and where the processor multiplies it"
+    if torch.cuda.is_available() and CUDA_HOME is None:
+        works, reason = [], "on a GPU it needs a CUDA toolkit: nvcc on the PATH, or $CUDA_HOME"
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:

@@ -24,7 +24,7 @@ from diffloss_export.widened import widened_specs, write_widened
 from diffloss_trt.contract import GRADIENT, PRECISIONS, SCHEDULE, check_names
 from diffloss_trt.evaluators import FusedEvaluator, open_recomputing
 from diffloss_trt.gradient import trace_gradient
-from diffloss_trt.probe import CHECK_WEIGHTS, Result, deviations, run_evaluator, run_gradient, worst_ratio
+from diffloss_trt.probe import CHECK_WEIGHTS, Result, deviations, held_to, run_evaluator, run_gradient, worst_ratio
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.tolerances import DIFFERENCE, FEATURE, PLAIN, PLAIN_DB, Tolerance
 from diffloss_trt.unet import TappedUNet, reload_unet
@@ -118,8 +118,7 @@ def verify_bundle(
     backend = "torch" if report.backend in _PYTORCH else report.backend
     # Not `DiffLoss.load`, which refuses what is to be reported here.
     evaluator = open_recomputing(bundle, backend, device)
-    # The torch backend computes in float32, whatever the precision of the stored weights.
-    plain = PLAIN["fp32" if backend == "torch" else bundle.precision]
+    plain = PLAIN[held_to(evaluator, bundle)]
     rows = [index for index, (place, db) in enumerate(reference.places) if db <= PLAIN_DB and place in plain.places]
     for name, weights in CHECK_WEIGHTS.items():
         found = run_evaluator(evaluator, reference.probe.part(rows), weights, torch.float32)
@@ -157,7 +156,7 @@ class _Replay:
         yield name, self.open(name), self.precision
         if self._report.backend == "inductor":
             evaluator = FusedEvaluator(self._bundle, "inductor", self._device)
-            yield f"{name}, compiled by inductor", evaluator.session(name), self._bundle.precision
+            yield f"{name}, compiled by inductor", evaluator.session(name), held_to(evaluator, self._bundle)
         elif self._widens:
             graph, bundle = self._bundle.graphs[name], self._bundle
             schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))

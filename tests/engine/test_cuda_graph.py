@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -82,5 +85,19 @@ def test_closed_with_what_it_recorded(recorded: GraphedSession) -> None:
 
 
 def test_what_waits_for_the_gpu_cannot_be_recorded() -> None:
-    with pytest.raises(BackendError, match="torch cannot be recorded as a CUDA graph"):
-        GraphedSession(TorchSession(lambda x: (x * float(x.sum()),), [X], [Y], CUDA))
+    """In a process of its own: where a capture fails, PyTorch's allocator may believe for ever that it goes on."""
+    program = (
+        "import torch\n"
+        "from diffloss_engine import BackendError, TensorSpec, TorchSession\n"
+        "from diffloss_engine.cuda_graph import GraphedSession\n"
+        "x, y = (TensorSpec(name, 'float32', (4, 8)) for name in 'xy')\n"
+        "session = TorchSession(lambda x: (x * float(x.sum()),), [x], [y], torch.device('cuda'))\n"
+        "before = torch.cuda.current_stream()\n"
+        "try:\n"
+        "    GraphedSession(session)\n"
+        "except BackendError as error:\n"
+        "    print(error, torch.cuda.current_stream() == before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "torch cannot be recorded as a CUDA graph" in done.stdout, done.stderr
+    assert done.stdout.strip().endswith("True")

@@ -164,10 +164,22 @@ def test_what_is_damaged_or_foreign_is_set_aside(name: str, cache: PlanCache, ca
 def test_what_the_runtime_refuses_is_built_anew(cache: PlanCache, caplog: pytest.LogCaptureFixture) -> None:
     cache.get(KEY, lambda: PLAN)
     with caplog.at_level(logging.WARNING):
-        cache.reject(KEY, "the driver is another one")
+        cache.reject(KEY, PLAN, "the driver is another one")
     assert "the driver is another one" in caplog.text
     assert cache.get(KEY, lambda: b"new") == b"new"
-    cache.reject(KEY | {"more": 1}, "never built")
+    cache.reject(KEY | {"more": 1}, PLAN, "never built")
+    # Another process has built it since this one loaded what it refuses.
+    cache.reject(KEY, PLAN, "the driver is another one")
+    assert cache.get(KEY, must_not_build) == b"new"
+
+
+def test_finding_builds_nothing(cache: PlanCache) -> None:
+    assert cache.find(KEY) is None
+    cache.get(KEY, lambda: PLAN)
+    assert cache.find(KEY) == PLAN
+    the_plan(cache).write_bytes(b"damaged")
+    assert cache.find(KEY) is None
+    assert not list(cache.folder.glob("*.plan"))
 
 
 def test_the_rest_of_a_killed_process_is_in_nobodys_way(cache: PlanCache) -> None:

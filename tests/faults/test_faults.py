@@ -37,8 +37,8 @@ cache = PlanCache(Path(sys.argv[1]))
 print("ready", flush=True)
 for turn in range(10**9):
     key = {"number": turn % 5}
-    cache.get(key, lambda: bytes([turn % 5]) * 2**20)
-    cache.reject(key, "to be built again")
+    plan = cache.get(key, lambda: bytes([turn % 5]) * 2**20)
+    cache.reject(key, plan, "to be built again")
 """
 
 
@@ -282,7 +282,7 @@ def test_a_cache_of_tomorrow(tmp_path: Path) -> None:
     for path in (cache.folder, *cache.folder.iterdir()):
         os.utime(path, (tomorrow, tomorrow))
     assert bytes(cache.get(key, lambda: pytest.fail("it was built again"))) == b"plan"
-    cache.reject(key, "to be built again")
+    cache.reject(key, b"plan", "to be built again")
     assert bytes(cache.get(key, lambda: b"another")) == b"another"
 
 

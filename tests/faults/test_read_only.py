@@ -73,13 +73,13 @@ def test_a_folder_that_cannot_be_made(read_only: ReadOnly, caplog: pytest.LogCap
     assert said.startswith(f"a plan could not be kept in {cache.folder}: ")
     with pytest.raises(InputError, match=WHY):
         cache.get(KEY, refuse, must_keep=True)
-    cache.reject(KEY, "the driver is another one")
+    cache.reject(KEY, b"plan", "the driver is another one")
     assert cache.list_keys() == []
 
 
 def test_what_the_runtime_refuses_is_built_anew(read_only: ReadOnly, caplog: pytest.LogCaptureFixture) -> None:
     cache = PlanCache(read_only(keep))
-    cache.reject(KEY, "the driver is another one")
+    cache.reject(KEY, b"plan", "the driver is another one")
     assert cache.get(KEY, lambda: b"new") == b"new"
     refused, not_kept = warnings_in(caplog)
     assert refused.endswith(".plan is not used: the driver is another one")

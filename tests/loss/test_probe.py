@@ -107,7 +107,9 @@ def test_a_plan_that_computes_something_else_is_not_used(
     altered, cache = copied / f"{GRADIENT}.onnx", PlanCache()
     repoint(altered, "mid_block.resnets.0.conv1.weight")
     for key in cache.list_keys():
-        cache.reject(key, "another takes its place")
+        plan = cache.find(key)
+        assert plan is not None
+        cache.reject(key, plan, "another takes its place")
         cache.get(key, functools.partial(build_plan, altered, flavour=key["flavour"], precision=key["precision"]))
     for flavour in flavours:
         with pytest.raises(ParityError, match=f"{flavour} on {device} computes the {GRADIENT} graph wrongly.* is off"):

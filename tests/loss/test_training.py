@@ -87,6 +87,8 @@ def train_as_rank(rank: int, folder: Path, bundle: Path, device: str) -> None:
         "timesteps": torch.randint(1000, (2,), generator=generator, device=loss.device),
         "noise": torch.randn(2, 3, 16, 16, generator=generator, device=loss.device),
     }
+    # The gradients are compared with those of a CPU.
+    torch.backends.cudnn.allow_tf32 = False
     # The loss beside what is wrapped, and inside of it.
     inside = Step(copy.deepcopy(network), load(bundle, device, seed=11))
     beside_it, around_it = DistributedDataParallel(network), DistributedDataParallel(inside)
