@@ -11,14 +11,15 @@ from tempfile import TemporaryDirectory
 import torch
 from configurations import CONFIGURATIONS, make_model, make_schedule
 
-from diffloss_engine.bundle import Bundle
-from diffloss_export.pipeline import export_bundle
+from diffloss_engine.bundle import Bundle, BundleWriter
+from diffloss_export.pipeline import write_graphs, write_unet
+from diffloss_trt.contract import PRECISIONS
 from diffloss_trt.unet import TappedUNet
 
 
 @contextmanager
 def workplace(folder: Path | None) -> Iterator[Path]:
-    """Yield a folder for bundles, plans and compiled code: `folder`, which is kept, or one that is thrown away.
+    """Yield a folder for bundles, plans, compiled code and rows: `folder`, which is kept, or one that is thrown away.
 
     With a folder that is kept, a command that ran out of time goes on from there when it is given again.
     """
@@ -30,19 +31,30 @@ def workplace(folder: Path | None) -> Iterator[Path]:
 
 
 def make_bundle(folder: Path, configuration: str, precision: str, batch_size: int, side: int | None = None) -> Bundle:
-    """Return the bundle of an architecture for images of `side` (by default its own), exported unless it is there."""
+    """Return the bundle of an architecture for images of `side` (by default its own), written unless it is there.
+
+    Nothing is replayed, which takes minutes of a large UNet: what is measured is compared with float64 anyway.
+    """
     side = side or int(CONFIGURATIONS[configuration]["sample_size"])
     path = folder / f"{configuration}-{precision}-{batch_size}-{side}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        export_bundle(
-            make_model(configuration),
-            path,
-            resolution=(side, side),
-            batch_size=batch_size,
-            precision=precision,
-            on_stage=lambda stage: print(f"{path.name}: {stage}", flush=True),
-        )
+
+        def tell(stage: str) -> None:
+            print(f"{path.name}: {stage}", flush=True)
+
+        tapped = TappedUNet(make_model(configuration).unet, make_schedule()).to(PRECISIONS[precision])
+        with BundleWriter(path) as writer:
+            unet = write_unet(tapped, writer.path)
+            graphs = write_graphs(tapped, writer.path, batch_size, (side, side), on_stage=tell)
+            writer.commit(
+                unet=unet,
+                resolution=(side, side),
+                batch_size=batch_size,
+                precision=precision,
+                graphs=graphs,
+                check=lambda _: None,
+            )
     return Bundle.open(path)
 
 

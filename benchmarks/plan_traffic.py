@@ -19,10 +19,9 @@ import torch
 from configurations import CONFIGURATIONS, make_model
 from machine import alone, describe
 
-from diffloss_engine.tensor_files import save_tensors
 from diffloss_engine.trt_build import import_flavour
-from diffloss_export.pipeline import check_resolution, write_graphs
-from diffloss_trt.contract import PRECISIONS, UNET_WEIGHTS
+from diffloss_export.pipeline import check_resolution, write_graphs, write_unet
+from diffloss_trt.contract import PRECISIONS
 from diffloss_trt.unet import TappedUNet
 
 _LAYER = re.compile(
@@ -95,9 +94,7 @@ def measure(file: Path) -> dict[str, Any]:
 def _write_graphs(configuration: str, precision: str, batch_size: int, folder: Path) -> list[Path]:
     tapped = TappedUNet((model := make_model(configuration)).unet, model.schedule)
     tapped.to(PRECISIONS[precision])
-    path = folder / UNET_WEIGHTS
-    path.parent.mkdir()
-    save_tensors(tapped.unet.state_dict(), path)
+    write_unet(tapped, folder)
     return [folder / graph.file for graph in write_graphs(tapped, folder, batch_size, check_resolution(tapped, None))]
 
 

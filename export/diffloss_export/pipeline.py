@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 
 Stage = Callable[[str], None]
 
+# Such a UNet predicts nearly what it is given, so that noise is a difference of near-equals.
+_SAMPLE_NOTE = (
+    "of a UNet that predicts the sample, the gradient of smooth differences is less exact in {precision} at small "
+    "timesteps (docs/models.md); fp32 has no such trouble"
+)
+
 
 def export_bundle(
     model: LoadedModel,
@@ -78,7 +84,7 @@ def export_bundle(
         # Weights beyond fp16's range would become infinite; checked before anything is built on them.
         tapped.to(PRECISIONS[precision])
         _check_finite(tapped, precision)
-        _write_unet(tapped, writer)
+        unet = write_unet(tapped, writer.path)
         graphs = write_graphs(tapped, writer.path, batch_size, resolution, gradient=gradient, on_stage=on_stage)
         on_stage("widening the UNet to float64")
         reference = Reference.of_unet(tapped, resolution)
@@ -87,16 +93,12 @@ def export_bundle(
 
         def check(bundle: Bundle) -> None:
             reports.append(verify_bundle(bundle, reference=reference, on_stage=on_stage))
+            if model.schedule.prediction_type == "sample" and precision != "fp32":
+                reports[0].notes.append(_SAMPLE_NOTE.format(precision=precision))
             reports[0].raise_for_failure()
 
         bundle = writer.commit(
-            unet={
-                "class": type(model.unet).__name__,
-                "parameters": sum(parameter.numel() for parameter in model.unet.parameters()),
-                "sha256": file_sha256(writer.path / UNET_WEIGHTS),
-                "prediction_type": model.schedule.prediction_type,
-                "timesteps": len(model.schedule),
-            },
+            unet=unet,
             resolution=resolution,
             batch_size=batch_size,
             precision=precision,
@@ -159,10 +161,18 @@ def _record(reference: Reference, path: Path, on_stage: Stage) -> None:
     record(path, reference.probe.part(rows), {name: result.part(rows) for name, result in reference.expected.items()})
 
 
-def _write_unet(tapped: TappedUNet, writer: BundleWriter) -> None:
+def write_unet(tapped: TappedUNet, folder: Path) -> dict[str, Any]:
+    """Write the UNet and its schedule into a bundle's folder, and return what the manifest says of it."""
     files: dict[str, Any] = {UNET_CONFIG: describe_unet(tapped.unet), SCHEDULE: tapped.schedule.to_json()}
     for relative, content in files.items():
-        path = writer.path / relative
+        path = folder / relative
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_tensors(tapped.unet.state_dict(), writer.path / UNET_WEIGHTS)
+    save_tensors(tapped.unet.state_dict(), folder / UNET_WEIGHTS)
+    return {
+        "class": type(tapped.unet).__name__,
+        "parameters": sum(parameter.numel() for parameter in tapped.unet.parameters()),
+        "sha256": file_sha256(folder / UNET_WEIGHTS),
+        "prediction_type": tapped.schedule.prediction_type,
+        "timesteps": len(tapped.schedule),
+    }

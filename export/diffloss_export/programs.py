@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffloss_engine.errors import ModelError
+from diffloss_engine.errors import DiffLossError, ModelError
 from diffloss_trt.capture import Captured
 from diffloss_trt.contract import BOTTLENECK, ENCODER, NOISE, NOISE_HEAD, NOISY, TIME_EMBEDDING, TIMESTEPS, skip_name
 from diffloss_trt.objective import wide
@@ -99,8 +99,14 @@ def blank_feature_programs(tapped: TappedUNet, batch_size: int, resolution: tupl
     noisy, timesteps = torch.zeros(batch_size, tapped.channels, *resolution), torch.zeros(batch_size)
     # Fills the schedule's cache of tables with tensors; fake tensors' mode or an exporter would put their own there.
     tapped.schedule.tables(noisy.device, torch.promote_types(tapped.dtype, torch.float32))
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        looks = encoder_outputs(tapped.encode(noisy, timesteps))
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            looks = encoder_outputs(tapped.encode(noisy, timesteps))
+    except DiffLossError:
+        raise
+    # diffusers looks at most of a configuration only when it computes.
+    except Exception as error:
+        raise ModelError(f"the UNet cannot be run: {error or type(error).__name__}") from error
     between = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in looks.items()}
     return _programs(tapped, {NOISY: noisy, TIMESTEPS: timesteps}, between)
 

@@ -17,12 +17,11 @@ from plan_traffic import kernels
 from diffloss_engine import BackendError
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.plan_cache import PlanCache
-from diffloss_engine.tensor_files import save_tensors
 from diffloss_engine.trt_build import BuildOptions
 from diffloss_export.build import build_bundle
 from diffloss_export.cli import main
-from diffloss_export.pipeline import export_bundle, write_graphs
-from diffloss_trt.contract import GRADIENT, UNET_WEIGHTS
+from diffloss_export.pipeline import export_bundle, write_graphs, write_unet
+from diffloss_trt.contract import GRADIENT
 from diffloss_trt.unet import TappedUNet
 from exports import Exported, edit_json, make_model, rehash
 
@@ -75,8 +74,7 @@ def test_a_plan_computes_nothing_from_weights_alone(tmp_path: Path) -> None:
     blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     model = make_model("two_levels", block_out_channels=(16, 16), add_attention=False, **blocks)
     tapped = TappedUNet(model.unet, model.schedule).to(torch.float16)
-    (tmp_path / UNET_WEIGHTS).parent.mkdir()
-    save_tensors(tapped.unet.state_dict(), tmp_path / UNET_WEIGHTS)
+    write_unet(tapped, tmp_path)
     write_graphs(tapped, tmp_path, 1, (16, 16))
     found, _ = kernels(tmp_path / f"{GRADIENT}.onnx")
     assert len(found) > 50

@@ -78,6 +78,8 @@ def test_export_passes_its_own_check(
             if check in (GRADIENT, SEMANTIC_GRADIENT)
         }
     assert checked == in_graphs | in_loss
+    warned = any("predicts the sample" in note for note in report.notes)
+    assert warned == (prediction_type == "sample" and precision != "fp32")
     # An error of exactly zero everywhere would mean that something was compared with itself.
     assert all(row.error > 0 for row in report.rows if row.quantity in ("bottleneck", "noise", "gradient"))
 

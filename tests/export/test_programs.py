@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffloss_export.programs import feature_programs
+from diffloss_engine import ModelError
+from diffloss_export.programs import blank_feature_programs, feature_programs
 from diffloss_trt.contract import ENCODER, NOISE, NOISE_HEAD, NOISY, TIMESTEPS
 from diffloss_trt.unet import TappedUNet
 from exports import make_schedule
@@ -78,3 +79,11 @@ def test_example_inputs_of_the_head_are_what_the_encoder_returns() -> None:
         outputs = encoder.module(noisy, timesteps)
     assert all(torch.equal(a, b) for a, b in zip(outputs, head.inputs.values(), strict=True))
     assert not any(tensor.requires_grad for tensor in head.inputs.values())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_unet_that_cannot_be_run_is_an_error() -> None:
+    """With more channels to a head than there are: diffusers makes it, and divides by its number of heads, zero."""
+    tapped = TappedUNet(make_unet(attention_head_dim=64), make_schedule())
+    with pytest.raises(ModelError, match="the UNet cannot be run: "):
+        blank_feature_programs(tapped, 1, (16, 16))

@@ -147,6 +147,10 @@ def broken(value: float) -> Any:
             ),
             r"UNet2DConditionModel is conditional \(cross_attention_dim\)",
         ),
+        (
+            lambda: make_unet("learned_time", num_train_timesteps=100),
+            "has learned 100 timesteps, and its schedule has 1000",
+        ),
         (lambda: broken(float("nan")), r"up_blocks\.0\.resnets\.0\.conv1\.bias holds NaN or infinite"),
         (lambda: broken(float("inf")), r"up_blocks\.0\.resnets\.0\.conv1\.bias holds NaN or infinite"),
     ],
