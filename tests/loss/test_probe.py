@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from diffloss_engine.plan_cache import PlanCache
 from diffloss_engine.trt_build import FLAVOURS, build_plan
 from diffloss_trt import DiffLoss, NoiseSchedule
 from diffloss_trt.contract import GRADIENT, REFERENCE, SEMANTIC_GRADIENT, UNET_CONFIG, UNET_WEIGHTS
-from diffloss_trt.probe import Probe, Result, deviations, record, recorded
+from diffloss_trt.probe import Probe, Result, deviations, held_to, record, recorded
 from diffloss_trt.tolerances import DIFFERENCE
 from exports import edit_json, rehash, repoint
 
@@ -245,3 +246,23 @@ def test_what_altered_bundles_were_once_taken_for(
     rehash(copied)
     with pytest.raises(error, match=message):
         DiffLoss.load(copied, way[0], "cpu", backward=way[1])
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "backward", "precision", "held"),
+    [
+        ("cpu", "onnxruntime", "fused", "fp32", "fp32"),
+        ("cpu", "torch", "fused", "bf16", "fp32"),
+        ("cpu", "inductor", "fused", "bf16", "bf16"),
+        ("cuda", "tensorrt", "fused", "fp32", "fp32"),
+        ("cuda", "tensorrt", "recompute", "fp32", "fp16"),
+        ("cuda", "inductor", "fused", "fp32", "fp16"),
+        ("cuda", "torch", "recompute", "bf16", "bf16"),
+    ],
+)
+def test_tf32_is_allowed_for_where_pytorch_multiplies(
+    device: str, backend: str, backward: str, precision: str, held: str
+) -> None:
+    runs: Any = SimpleNamespace(device=torch.device(device), backend=backend, backward=backward)
+    bundle: Any = SimpleNamespace(precision=precision)
+    assert held_to(runs, bundle) == held
