@@ -515,7 +515,7 @@ def tables(rows: Sequence[Row], head: dict[str, Any]) -> str:
         sweep_table(white, lambda errors: errors[:, 3], lambda angle: f"{1 - angle:.4f}"),
         "Gradient, worst sample over timesteps and weights, what partial restorations leave",
         restoration_table(left),
-        "The difference form at every sample of both, and what it must not exceed",
+        "The difference form over both test sets, worst sample, and what it must not exceed",
         tolerance_table(rows),
     )
     return "\n\n".join(part.strip() for part in parts) + "\n"

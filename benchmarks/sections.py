@@ -82,7 +82,7 @@ def loss_step(content: Content, picture: str | None = None) -> list[str]:
     rows, name = shown_rows(content), content["configuration"]
     distances = list(rows[0]["gradient_error"])
     errors = f"error, {' / '.join(distances)} dB"
-    header = ["", "ms", "images/s", "times eager", "times compile", "of ceiling", "MiB", errors]
+    header = ["", "ms", "images/s", "times eager", "times compile", "of matmul rate", "MiB", errors]
     lines = [
         [
             label(row),
@@ -168,7 +168,7 @@ def _held_against_targets(content: Content, rows: list[Row]) -> list[str]:
 
 def hot_spots(content: Content) -> list[str]:
     """Lay out the convolutions' part in a step."""
-    header = ["", "ms", "convolutions' share", "their GFLOP/s", "of ceiling", "the whole over them"]
+    header = ["", "ms", "convolutions' share", "their GFLOP/s", "of matmul rate", "the whole over them"]
     lines = []
     for row in content["rows"]:
         speed, share = row["convolution_flops"] / row["convolution_ms"] * 1e3, row["convolution_ms"] / row["ms"]
@@ -179,7 +179,7 @@ def hot_spots(content: Content) -> list[str]:
         f"Where the time of a step goes, in a profile; {_machine(content)}; "
         f"`python benchmarks/hot_spots.py {content['configuration']}`.",
         markdown_table(header, lines),
-        "A way that did nothing but these convolutions, as fast, would be faster by the last column.",
+        "The last column is the most a row could gain if everything but its convolutions were free.",
     ]
 
 
@@ -249,7 +249,7 @@ def scaling(content: Content, picture: str | None = None) -> list[str]:
     return [
         "### Scaling",
         f"A step of the loss of {title(content['configuration'])}; {_machine(content)}; "
-        "`python benchmarks/scaling.py`. The exponent is that of the size in the time.",
+        "`python benchmarks/scaling.py`. Time grows as size^exponent.",
         markdown_table(["", "size", "ms", "exponent", "MiB"], lines),
         *_picture("Time of a step over batch and image size", picture),
         *_processes(content["processes"]),

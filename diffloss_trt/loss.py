@@ -59,7 +59,7 @@ class Call(NamedTuple):
 
 
 class DiffLoss(nn.Module):
-    """A frozen diffusion UNet as a loss for image restoration (Tan & Zhao, ACCV 2024).
+    """A frozen diffusion UNet as a loss for image restoration (Tan et al., ACCV 2024).
 
     Restored and target are mixed with the same noise at the same timestep, and the UNet's predicted
     noise (naturalness) and bottleneck features (semantic) of both are compared by mean squared difference.

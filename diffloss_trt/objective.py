@@ -1,4 +1,4 @@
-"""DiffLoss's formula, written once: Tan & Zhao, "DiffLoss", ACCV 2024 (arXiv 2406.19030)."""
+"""DiffLoss's formula, written once: Tan et al., "DiffLoss", ACCV 2024 (arXiv 2406.19030)."""
 
 from __future__ import annotations
 

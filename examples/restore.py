@@ -25,8 +25,7 @@ from torch import Tensor
 
 from arguments import OneLineParser, output_folder, positive_integer, weight
 from degradations import DEGRADATIONS, Degradation
-from diffloss_engine.errors import DiffLossError
-from diffloss_trt import DiffLoss
+from diffloss_trt import DiffLoss, DiffLossError
 from measures import fidelity
 from photographs import HELD_OUT, TRAINING, RandomCrops, load
 from restoration_network import RestorationNetwork

@@ -17,8 +17,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from arguments import OneLineParser, positive_integer
-from diffloss_engine.errors import DiffLossError
-from diffloss_trt import DiffLoss
+from diffloss_trt import DiffLoss, DiffLossError
 from pairs import Pairs
 from restoration_network import RestorationNetwork
 

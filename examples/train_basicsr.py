@@ -18,7 +18,7 @@ import yaml
 from torch.utils.data import DataLoader
 
 from arguments import OneLineParser, positive_integer
-from diffloss_engine.errors import DiffLossError
+from diffloss_trt import DiffLossError
 from diffloss_trt.conventions import PerceptualDiffLoss
 from pairs import Pairs
 from restoration_network import RestorationNetwork

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from arguments import OneLineParser, positive_integer
-from diffloss_engine.errors import DiffLossError
+from diffloss_trt import DiffLossError
 from diffloss_trt.conventions import DiffLossCriterion
 from pairs import Pairs
 from restoration_network import RestorationNetwork

@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from arguments import OneLineParser, output_folder, positive_integer
-from diffloss_engine.errors import DiffLossError
-from diffloss_trt import DiffLoss, Terms
+from diffloss_trt import DiffLoss, DiffLossError, Terms
 from diffloss_trt.lightning import log_terms
 from pairs import Pairs
 from restoration_network import RestorationNetwork

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from arguments import OneLineParser, positive_integer
-from diffloss_engine.errors import DiffLossError
-from diffloss_trt import DiffLoss
+from diffloss_trt import DiffLoss, DiffLossError
 from diffloss_trt.sampling import Annealed, TimestepSampler, snr_weighted
 from diffloss_trt.weights import WarmUp
 from pairs import Pairs

@@ -34,8 +34,8 @@ CI_MACHINE = {
 PROVIDERS = {"pycuda": "pycuda", "tensorrt": "tensorrt", "triton": "torch"}
 # Both are the module onnxruntime.
 EITHER = {"onnxruntime-gpu": "onnxruntime"}
-# Imported under a name that is looked up: in `diffloss_engine.trt_build`.
-LOOKED_UP = {"tensorrt"}
+# Imported under names that are looked up: in `diffloss_engine.trt_build`.
+LOOKED_UP = {"tensorrt", "tensorrt-rtx-cu13"}
 
 
 def requirements(*extras: str) -> Iterator[Requirement]:
@@ -64,7 +64,7 @@ def differences(sources: Iterable[str]) -> tuple[set[str], set[str]]:
     """Return what is imported and not declared, and what is declared for all users and not imported."""
     for_all, optional = (
         {EITHER.get(name, name) for name in (canonicalize_name(found.name) for found in requirements(*extras))}
-        for extras in (("cpu", "gpu"), ("trainers", "examples"))
+        for extras in (("cpu", "gpu", "profile", "rtx"), ("trainers", "examples"))
     )
     found = third_party(sources)
     return found - for_all - optional, for_all - found - LOOKED_UP

@@ -24,13 +24,15 @@ FAILED_CHECK, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Return 0 when done, 1 when a check failed (parity, hash), 2 for wrong usage or input."""
+    """Run a command. Return 0 when done, 1 when a check failed, 2 for wrong usage or input, 130 when interrupted."""
     args = _parser().parse_args(argv)
     try:
         # It must say what is wrong where nothing can be imported.
         return _doctor(args) if args.run is _doctor else _run(args)
     except KeyboardInterrupt:
-        print("diffloss-export: interrupted, nothing was written", file=sys.stderr)
+        # What `build` had finished before stays in the cache.
+        written = ", no bundle was written" if args.run is _onnx else ""
+        print(f"diffloss-export: interrupted{written}", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -85,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         help="guided-diffusion's flags for a .pt (default: those of 256x256_diffusion_uncond)",
     )
     onnx.add_argument("--sha256", metavar="HEX", help="what the SHA-256 of a .pt must be")
-    onnx.add_argument("--class-label", type=int, metavar="N", help="the class that a class-conditional UNet shall know")
+    onnx.add_argument("--class-label", type=int, metavar="N", help="the class to fix in a class-conditional UNet")
     onnx.add_argument(
         "--allow-pickle", action="store_true", help="read a diffusers folder's .bin weights if it has no safetensors"
     )
@@ -141,8 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     explain.add_argument("--naturalness-weight", type=float, default=1e-3, metavar="W", help="default: 1e-3")
     explain.add_argument("--semantic-weight", type=float, default=1e-6, metavar="W", help="default: 1e-6")
-    explain.add_argument("--draws", type=int, default=8, metavar="N", help="of timestep and noise (default: 8)")
-    explain.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+    explain.add_argument(
+        "--draws", type=int, default=8, metavar="N", help="number of (timestep, noise) draws (default: 8)"
+    )
+    explain.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     explain.add_argument("--json", action="store_true", help="print the terms as one JSON object")
     explain.set_defaults(run=_explain)
     inspect = commands.add_parser("inspect", help="print what a bundle holds")
@@ -159,12 +163,13 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     for command in (build, verify, bench, profile, inspect):
         command.add_argument("bundle", metavar="BUNDLE", help="a folder that 'diffloss-export onnx' wrote")
-    for command in (verify, bench):
+    automatic = {verify: "ONNX Runtime, or PyTorch for a bf16 bundle on a CPU", bench: "the fastest that runs here"}
+    for command, chosen in automatic.items():
         command.add_argument(
             "--backend",
             choices=("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-tensorrt", "inductor", "torch"),
             default="auto",
-            help="default: auto",
+            help=f"default: auto, {chosen}",
         )
         command.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     return parser
@@ -385,7 +390,8 @@ def _doctor(args: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
     else:
         print_report(report)
-    return 0
+    status: int = report.get("bundle", {}).get("status", 0)
+    return status
 
 
 def _explain(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from diffloss_export.trials import PRECISIONS
+from diffloss_export.trials import NO_BUNDLE, PRECISIONS
 
 Report = dict[str, Any]
 
@@ -51,7 +51,8 @@ def examine(bundle: Path | None = None) -> Report:
     device: "cuda" or "cpu", where images are by default.
     backends: by name, the version, the precisions of bundles that "auto" can use it for, and why not for more.
     auto: for each precision, what "auto" chooses; null if nothing runs.
-    bundle: what "auto" chose for `bundle`, which is loaded as by a training, and what it said; or an error.
+    bundle: what "auto" chose for `bundle`, which is loaded as by a training, and what it said; or an error, and the
+        exit status that it calls for: 2 for a folder that is no bundle, or else 1.
     advice: sentences.
     """
     children = {name: _start(name) for name in ORDER["cuda"]}
@@ -78,7 +79,9 @@ def examine(bundle: Path | None = None) -> Report:
     }
     if loading is not None:
         result = _result(loading, None)
-        report["bundle"] = {"error": result} if isinstance(result, str) else result
+        if isinstance(result, str):
+            result = {"error": result, "status": 2 if loading.returncode == NO_BUNDLE else 1}
+        report["bundle"] = result
     return report | {"advice": advise(report)}
 
 
@@ -113,7 +116,7 @@ def advise(report: Report) -> list[str]:
         if not (backends["tensorrt"]["precisions"] or backends["tensorrt-rtx"]["precisions"]):
             advice.append(
                 "What auto takes first on a GPU is TensorRT, which does not run here: install '.[gpu]', and its "
-                "libraries from NVIDIA's package index; or, for GeForce and RTX GPUs, 'tensorrt-rtx-cu13'."
+                "libraries from NVIDIA's package index; or, for GeForce and RTX GPUs, '.[rtx]'."
             )
     elif torch["bf16"]:
         compiled = "bf16" in backends["inductor"]["precisions"]
@@ -121,7 +124,9 @@ def advise(report: Report) -> list[str]:
             "This processor multiplies bf16: a bundle exported with --precision bf16 runs fastest here"
             + (", compiled by inductor." if compiled else ", once there is a C++ compiler for inductor.")
         )
-    return advice or ["Nothing that auto would take first is missing."]
+    if not advice and "error" not in report.get("bundle", {}):
+        advice.append("Nothing that auto would take first is missing.")
+    return advice
 
 
 def print_report(report: Report) -> None:

@@ -82,7 +82,9 @@ def import_figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError(f"a picture is drawn with matplotlib, which cannot be imported: {error}") from error
+        raise InputError(
+            f"a picture is drawn with matplotlib, which cannot be imported ({error}): install '.[profile]'"
+        ) from error
     return Figure
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+# Exit statuses of a trial that failed.
+FAILED, NO_BUNDLE = 1, 2
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -175,7 +177,8 @@ def main() -> int:
     # Whatever a broken library raises is the answer, in one line.
     except Exception as error:
         print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
-        return 1
+        # By its name, because where torch is broken the class cannot be imported. A damaged bundle is another error.
+        return NO_BUNDLE if type(error).__name__ == "BundleError" else FAILED
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -152,12 +153,10 @@ def test_wrong_options_are_one_line(
     assert said in last
 
 
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="is for machines without TensorRT")
 def test_tensorrt_without_tensorrt(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        import tensorrt  # noqa: F401
-    except ImportError:
-        assert main(["build", str(bundle.path)]) == 2
-        assert "docs/gpu.md says how to install it" in capsys.readouterr().err
+    assert main(["build", str(bundle.path)]) == 2
+    assert "docs/gpu.md says how to install it" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="signals are sent as POSIX has them")
@@ -179,6 +178,7 @@ def test_interrupted_leaves_no_plan(exported: Callable[..., Exported], folder: P
         timeout=120,
     )
     assert process.returncode == 130, process.stderr
-    assert "interrupted" in process.stderr
+    # What was finished before is kept, so that nothing is said of it.
+    assert process.stderr.splitlines()[-1] == "diffloss-export: interrupted"
     assert "Traceback" not in process.stderr
     assert not list(folder.glob("*.plan"))

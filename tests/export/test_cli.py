@@ -139,7 +139,7 @@ def test_interrupted_export_leaves_no_bundle(
     if number == signal.SIGINT:
         assert process.returncode == 130
         # Where it arrives in a weak reference's callback Python says so, and the next step ends the command.
-        assert rest.splitlines()[-1] == "diffloss-export: interrupted, nothing was written"
+        assert rest.splitlines()[-1] == "diffloss-export: interrupted, no bundle was written"
         assert "exporting the semantic_gradient graph" not in rest
         assert list(tmp_path.iterdir()) == []
         return

@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 import torch
 
+from diffloss_engine.bundle import MANIFEST
 from diffloss_export.doctor import advise, print_report
 from diffloss_trt import DiffLoss
 from exports import Exported
@@ -90,7 +91,7 @@ def test_report_in_words(examined: Report, capsys: pytest.CaptureFixture[str]) -
         f"for fp32, {examined['auto']['fp16']}",
     ):
         assert word in out
-    print_report(examined | {"bundle": {"error": "no [such] bundle"}, "torch": None, "gpus": [GPU]})
+    print_report(examined | {"bundle": {"error": "no [such] bundle", "status": 2}, "torch": None, "gpus": [GPU]})
     out = " ".join(capsys.readouterr().out.split())
     assert "This bundle: no [such] bundle" in out
     assert "name RTX 4090, driver 580.95" in out
@@ -115,7 +116,7 @@ def test_broken_libraries_and_a_bundle_that_is_none(tmp_path: Path) -> None:
     }
     command = [sys.executable, "-m", "diffloss_export", "doctor", str(tmp_path / "none"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (1, "")
     report = json.loads(done.stdout)
     assert report["torch"] is None
     assert report["auto"] == dict.fromkeys(("fp32", "fp16", "bf16"))
@@ -123,15 +124,40 @@ def test_broken_libraries_and_a_bundle_that_is_none(tmp_path: Path) -> None:
     reasons = {name: backend["reason"] for name, backend in report["backends"].items()}
     assert reasons["onnxruntime"].startswith("it ended its process by signal 6 (")
     assert all(reason == missing for name, reason in reasons.items() if name != "onnxruntime")
-    assert report["bundle"] == {"error": missing}
+    assert report["bundle"] == {"error": missing, "status": 1}
     assert report["gpus"] == [GPU]
     assert report["advice"] == ["PyTorch cannot be imported, and nothing runs without it: install it again."]
 
 
-def test_a_bundle_that_is_none_is_said(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "diffloss_export.trials", "bundle", str(tmp_path / "none")]
+def forget_a_file(folder: Path) -> str:
+    (folder / "schedule.json").unlink()
+    return "'schedule.json' is missing"
+
+
+def forget_the_manifest(folder: Path) -> str:
+    (folder / MANIFEST).unlink()
+    return "is not a bundle: it has no manifest.json"
+
+
+@pytest.mark.parametrize(("damage", "status"), [(forget_a_file, 1), (forget_the_manifest, 2)])
+def test_trial_of_a_bundle_that_cannot_be_loaded(
+    copied: Callable[..., Path], damage: Callable[[Path], str], status: int
+) -> None:
+    folder = copied()
+    said = damage(folder)
+    command = [sys.executable, "-m", "diffloss_export.trials", "bundle", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{tmp_path / 'none'} does not exist\n")
+    assert (done.returncode, done.stdout) == (status, "")
+    assert said in done.stderr
+
+
+def test_a_bundle_that_is_none_is_wrong_input(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "diffloss_export", "doctor", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+    assert (done.returncode, done.stderr) == (2, "")
+    out = " ".join(done.stdout.split())
+    assert f"This bundle: {tmp_path / 'none'} does not exist" in out
+    assert "Nothing that auto would take first is missing." not in out
 
 
 GPU = {"name": "RTX 4090", "driver": "580.95", "compute_capability": "8.9", "memory": "24564 MiB"}
@@ -164,6 +190,8 @@ CPU: Report = {
         ),
         (BEST, {"packages": {"onnxruntime": "1", "onnxruntime-gpu": "1"}}, ["uninstall both"]),
         (CPU, {}, ["Nothing that auto"]),
+        (CPU, {"bundle": {"backend": "onnxruntime"}}, ["Nothing that auto"]),
+        (CPU, {"bundle": {"error": "no bundle", "status": 2}}, []),
         (CPU, {"gpus": [GPU]}, ["There is a GPU (RTX 4090), but this PyTorch is built for CPUs"]),
         (
             CPU,

@@ -26,7 +26,6 @@ from huggingface_hub.utils import are_progress_bars_disabled, filter_repo_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import diffloss_export
 from diffloss_engine.errors import InputError, ModelError
 from diffloss_export.models import LoadedModel, load_model
 from diffloss_trt.unet import BLOCKS
@@ -194,8 +193,6 @@ def test_attention_names_from_before_diffusers_0_15(alone: Path, unet: UNet2DMod
 
 
 def test_builtin() -> None:
-    if not (Path(diffloss_export.__path__[0]) / "builtin").is_dir():
-        pytest.skip("the built-in prior is not in this checkout yet")
     model = load_model("builtin")
     assert model.source == "builtin"
     assert model.notes == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import re
 import socket
@@ -13,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffloss_engine import errors
 from diffloss_trt import DiffLoss, NoiseSchedule
 from layout import ROOT
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
-PIECES = re.findall(
-    r"^```python\n(.*?)^```", (ROOT / "docs" / "training.md").read_text("utf-8"), flags=re.MULTILINE | re.DOTALL
-)
+PAGE = (ROOT / "docs" / "training.md").read_text("utf-8")
+PIECES = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -49,7 +50,17 @@ def run(piece: int, names: dict[str, Any]) -> bool:
 
 
 def test_every_piece_of_code_is_run_here() -> None:
-    assert len(PIECES) == 4
+    assert len(PIECES) == 6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the page leaves it to its reader to move images to a GPU")
+def test_choosing_weights(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert not run(0, names)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["naturalness", "semantic"]
+    for line in lines:
+        low, high = (float(number) for number in line.partition(": ")[2].split(" to "))
+        assert 0 < low < high
 
 
 def test_distributed(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,31 +72,49 @@ def test_distributed(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in settings.items():
         monkeypatch.setenv(name, str(value))
     try:
-        assert run(0, names)
+        assert run(1, names)
     finally:
         torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the page leaves it to its reader to move images to a GPU")
 def test_compiled(names: dict[str, Any]) -> None:
-    assert run(1, names)
+    assert run(2, names)
 
 
 def test_saved_and_resumed(names: dict[str, Any]) -> None:
     loss = names["loss_fn"] = DiffLoss.load("bundle", device="cpu", seed=3)
     images = names["loader"].dataset.tensors
     loss(*images)
-    assert not run(2, names)
+    assert not run(3, names)
     other = DiffLoss.load("bundle", device="cpu", seed=0)
     other.load_state_dict(torch.load("last.pt", weights_only=True)["loss"])
     assert torch.equal(other(*images), loss(*images))
 
 
+def test_sampler_saved_and_resumed(names: dict[str, Any]) -> None:
+    names["loss_fn"] = DiffLoss.load("bundle", device="cpu")
+    assert not run(4, names)
+    sampler, state = names["sampler"], torch.load("sampler.pt", weights_only=True)["sampler"]
+    drawn = sampler(8)
+    assert not torch.equal(sampler(8), drawn)
+    sampler.generator.set_state(state)
+    assert torch.equal(sampler(8), drawn)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the page leaves it to its reader to move images to a GPU")
 def test_skipping(names: dict[str, Any]) -> None:
-    assert run(3, names)
+    assert run(5, names)
     degraded, target = names["loader"].dataset.tensors
     names["loader"] = [(degraded, target), (degraded * torch.nan, target)]
-    assert run(3, names)
+    assert run(5, names)
     assert all(bool(tensor.isfinite().all()) for tensor in names["network"].state_dict().values())
     assert names["scaler"].get_scale() == 0.5
+
+
+def test_table_of_errors_is_whole() -> None:
+    rows = dict(re.findall(r"^\| `(\w+Error)` \| `(\w+)` \|", PAGE, flags=re.MULTILINE))
+    kinds = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}
+    assert rows.keys() == kinds.keys() - {"DiffLossError"}
+    for name, base in rows.items():
+        assert issubclass(kinds[name], kinds.get(base) or getattr(builtins, base))
