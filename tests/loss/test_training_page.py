@@ -50,7 +50,7 @@ def run(piece: int, names: dict[str, Any]) -> bool:
 
 
 def test_every_piece_of_code_is_run_here() -> None:
-    assert len(PIECES) == 6
+    assert len(PIECES) == 7
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the page leaves it to its reader to move images to a GPU")
@@ -103,11 +103,19 @@ def test_sampler_saved_and_resumed(names: dict[str, Any]) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the page leaves it to its reader to move images to a GPU")
+def test_validating(names: dict[str, Any]) -> None:
+    assert not run(5, names)
+    first = names["values"]
+    assert not run(5, names)
+    assert first == names["values"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the page leaves it to its reader to move images to a GPU")
 def test_skipping(names: dict[str, Any]) -> None:
-    assert run(5, names)
+    assert run(6, names)
     degraded, target = names["loader"].dataset.tensors
     names["loader"] = [(degraded, target), (degraded * torch.nan, target)]
-    assert run(5, names)
+    assert run(6, names)
     assert all(bool(tensor.isfinite().all()) for tensor in names["network"].state_dict().values())
     assert names["scaler"].get_scale() == 0.5
 
