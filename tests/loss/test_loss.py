@@ -312,6 +312,20 @@ def test_auto_says_once_what_it_takes(
     ]
 
 
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_another_default_device_changes_nothing(
+    backend: str, backward: str, exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]
+) -> None:
+    """As trainers set one; "meta" stands for any that is not the loss's."""
+    restored, target, *_ = make_batch(dtype=torch.float32)
+    with torch.device("meta"):
+        loss = DiffLoss.load(exported[0], backend, "cpu", backward=backward, value_range=(-1, 1), seed=0)
+        found = loss(restored, target)
+    plain = DiffLoss.load(exported[0], backend, "cpu", backward=backward, value_range=(-1, 1), seed=0)
+    assert torch.equal(found, plain(restored, target))
+
+
 def test_load_refuses_what_it_cannot_do(exported: tuple[Path, Any, NoiseSchedule], tmp_path: Path) -> None:
     folder = exported[0]
     with pytest.raises(InputError, match="backend is 'tensorflow'; expected one of auto"):
