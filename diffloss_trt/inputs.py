@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -18,45 +21,59 @@ RESTORED_OVERSHOOT = 25.0
 TARGET_REQUIRES_GRAD = "target requires grad; the loss has no gradient for it: pass target.detach()"
 
 
-def check_settings(
-    naturalness_weight: float,
-    semantic_weight: float,
-    reduction: str,
-    value_range: Sequence[float],
-    seed: int | None,
-    nonfinite: str,
-    check_every: int | None = None,
-) -> tuple[float, float]:
-    """Check the settings of a DiffLoss; return `value_range` as (low, high)."""
-    for name, weight in (("naturalness_weight", naturalness_weight), ("semantic_weight", semantic_weight)):
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise InputTypeError(f"{name} is a {type(weight).__name__}; expected a number")
-        if not math.isfinite(weight) or weight < 0:
-            raise InputError(f"{name} is {weight}; expected a finite number >= 0")
-    if reduction not in ("mean", "none"):
-        raise InputError(f"reduction is {reduction!r}; expected 'mean' or 'none'")
-    if (
-        not isinstance(value_range, Sequence)
-        or len(value_range) != 2
-        or not all(isinstance(bound, int | float) for bound in value_range)
-    ):
-        raise InputTypeError(f"value_range is {value_range!r}; expected (low, high), such as (0.0, 1.0)")
-    low, high = (float(bound) for bound in value_range)
+def check_weight(name: str, value: Any) -> float:
+    """Check a weight: a finite number >= 0, NumPy's scalars among them."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InputTypeError(f"{name} is a {type(value).__name__}; expected a number")
+    if not math.isfinite(value) or value < 0:
+        raise InputError(f"{name} is {value}; expected a finite number >= 0")
+    return float(value)
+
+
+def check_range(name: str, value: Any) -> tuple[float, float]:
+    """Check a range of pixels; return it as (low, high)."""
+    if not isinstance(value, Sequence) or len(value) != 2 or not all(isinstance(bound, Real) for bound in value):
+        raise InputTypeError(f"{name} is {value!r}; expected (low, high), such as (0.0, 1.0)")
+    low, high = (float(bound) for bound in value)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise InputError(f"value_range is ({low}, {high}); expected finite bounds with low < high")
-    if seed is not None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise InputTypeError(f"seed is a {type(seed).__name__}; expected an integer, or None")
-        if not 0 <= seed < 2**63:
-            raise InputError(f"seed is {seed}; expected 0 to 2**63 - 1")
-    if nonfinite not in ("error", "skip"):
-        raise InputError(f"nonfinite is {nonfinite!r}; expected 'error' or 'skip'")
-    if check_every is not None:
-        if isinstance(check_every, bool) or not isinstance(check_every, int):
-            raise InputTypeError(f"check_every is a {type(check_every).__name__}; expected an integer, or None")
-        if check_every < 1:
-            raise InputError(f"check_every is {check_every}; expected at least 1, or None")
+        raise InputError(f"{name} is ({low}, {high}); expected finite bounds with low < high")
     return low, high
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, str]) -> Any:
+    if value not in choices:
+        raise InputError(f"{name} is {value!r}; expected {choices[0]!r} or {choices[1]!r}")
+    return value
+
+
+def _check_integer(name: str, value: Any, least: int) -> int | None:
+    """Check an integer of 63 bits, NumPy's among them, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InputTypeError(f"{name} is a {type(value).__name__}; expected an integer, or None")
+    number = int(value)
+    if not least <= number < 2**63:
+        raise InputError(f"{name} is {number}; expected {least} to 2**63 - 1, or None")
+    return number
+
+
+# The settings of a DiffLoss: each raises for what cannot be used, and returns what is kept.
+SETTINGS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
+    "naturalness_weight": check_weight,
+    "semantic_weight": check_weight,
+    "reduction": functools.partial(_check_choice, choices=("mean", "none")),
+    "value_range": check_range,
+    "seed": functools.partial(_check_integer, least=0),
+    "nonfinite": functools.partial(_check_choice, choices=("error", "skip")),
+    "check_every": functools.partial(_check_integer, least=1),
+}
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Check settings of a DiffLoss, by name."""
+    for name, value in settings.items():
+        SETTINGS[name](name, value)
 
 
 def _check_tensor(name: str, image: Tensor, shape: Sequence[int], device: torch.device) -> None:

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import BackendError, BackendUnavailableError, DiffLossError, InputError, ParityError
+from diffloss_engine.errors import (
+    BackendError,
+    BackendUnavailableError,
+    DiffLossError,
+    InputError,
+    InputTypeError,
+    ParityError,
+)
 from diffloss_engine.inductor import has_bfloat16
 from diffloss_engine.tensors import concrete_device
 from diffloss_trt.autograd import attach
@@ -28,7 +35,7 @@ from diffloss_trt.evaluators import (
     gradient_graph,
     open_recomputing,
 )
-from diffloss_trt.inputs import check_images, check_noise, check_settings, check_timesteps
+from diffloss_trt.inputs import SETTINGS, check_images, check_noise, check_range, check_settings, check_timesteps
 from diffloss_trt.nonfinite import nonfinite_images, nonfinite_results
 from diffloss_trt.objective import Terms, wide
 from diffloss_trt.probe import check_evaluator
@@ -83,20 +90,32 @@ class DiffLoss(nn.Module):
         check_every: int | None = None,
     ) -> None:
         super().__init__()
-        self.value_range = check_settings(
-            naturalness_weight, semantic_weight, reduction, value_range, seed, nonfinite, check_every
-        )
-        if check_every is not None and not isinstance(evaluator, FusedEvaluator):
-            raise InputError("check_every is for a bundle and backward='fused': nothing else is held to a tolerance")
-        self.naturalness_weight = float(naturalness_weight)
-        self.semantic_weight = float(semantic_weight)
-        self.reduction = reduction
+        if not hasattr(evaluator, "schedule"):
+            raise InputTypeError(
+                f"evaluator is a {type(evaluator).__name__}; the loss of a bundle is DiffLoss.load(bundle), "
+                "and that of a UNet DiffLoss.from_unet(unet, scheduler)"
+            )
         self.evaluator = evaluator
+        self.naturalness_weight = naturalness_weight
+        self.semantic_weight = semantic_weight
+        self.reduction = reduction
+        self.value_range = check_range("value_range", value_range)
+        seed = SETTINGS["seed"]("seed", seed)
         self.draws = None if seed is None else Draws(seed)
         self.nonfinite = nonfinite
         self.check_every = check_every
         self.calls = 0
         self._handle = register(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Trainers assign settings in the middle of a training too.
+        if name in SETTINGS:
+            value = SETTINGS[name](name, value)
+            if name == "check_every" and value is not None and not isinstance(self.evaluator, FusedEvaluator):
+                raise InputError(
+                    "check_every is for a bundle and backward='fused': nothing else is held to a tolerance"
+                )
+        super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # To compiled graphs a copy, or what was pickled, is a loss of its own, which has settings of its own.
@@ -125,18 +144,18 @@ class DiffLoss(nn.Module):
         Raises `ModelError` for a UNet or scheduler that cannot be used, `InputError` and `InputTypeError` for bad
         settings; see `load` for those.
         """
-        check_settings(naturalness_weight, semantic_weight, reduction, value_range, seed, nonfinite)
+        settings: dict[str, Any] = {
+            "naturalness_weight": naturalness_weight,
+            "semantic_weight": semantic_weight,
+            "reduction": reduction,
+            "value_range": value_range,
+            "seed": seed,
+            "nonfinite": nonfinite,
+        }
+        check_settings(settings)
         schedule = scheduler if isinstance(scheduler, NoiseSchedule) else NoiseSchedule.from_scheduler(scheduler)
         tapped = TappedUNet(unet, schedule)
-        return cls(
-            EagerEvaluator(tapped, next(unet.parameters()).device),
-            naturalness_weight=naturalness_weight,
-            semantic_weight=semantic_weight,
-            reduction=reduction,
-            value_range=value_range,
-            seed=seed,
-            nonfinite=nonfinite,
-        )
+        return cls(EagerEvaluator(tapped, next(unet.parameters()).device), **settings)
 
     @classmethod
     def load(
@@ -187,7 +206,16 @@ class DiffLoss(nn.Module):
             ParityError: on the images that the bundle carries, the backend's results are wrong.
             InputError, InputTypeError: a setting cannot be used.
         """
-        check_settings(naturalness_weight, semantic_weight, reduction, value_range, seed, nonfinite, check_every)
+        settings: dict[str, Any] = {
+            "naturalness_weight": naturalness_weight,
+            "semantic_weight": semantic_weight,
+            "reduction": reduction,
+            "value_range": value_range,
+            "seed": seed,
+            "nonfinite": nonfinite,
+            "check_every": check_every,
+        }
+        check_settings(settings)
         if backend not in BACKENDS:
             raise InputError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
         if backward is not None and backward not in BACKWARDS:
@@ -199,16 +227,7 @@ class DiffLoss(nn.Module):
             raise InputError("cuda_graph is for a CUDA device and backward='fused'")
         wanted = _Wanted(fused, cuda_graph, (naturalness_weight, semantic_weight))
         evaluator = _open(opened, backend, place, wanted)
-        return cls(
-            evaluator,
-            naturalness_weight=naturalness_weight,
-            semantic_weight=semantic_weight,
-            reduction=reduction,
-            value_range=value_range,
-            seed=seed,
-            nonfinite=nonfinite,
-            check_every=check_every,
-        )
+        return cls(evaluator, **settings)
 
     @property
     def device(self) -> torch.device:
@@ -358,7 +377,7 @@ class DiffLoss(nn.Module):
             self._report(call.number, *self._cause(call, found))
             return _constant(call, math.nan)
         if self.check_every is not None and call.number % self.check_every == 0:
-            assert isinstance(evaluator, FusedEvaluator)  # see the constructor
+            assert isinstance(evaluator, FusedEvaluator)  # see `__setattr__`
             assert gradient is not None
             evaluator.check(call.number, call.images, self.weights, terms, gradient)
         return terms, gradient
