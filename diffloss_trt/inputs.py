@@ -18,6 +18,8 @@ from diffloss_trt.nonfinite import nonfinite_images
 # resampling; a network that has just been initialised may be anywhere near, but not at 255 when told 1.
 TARGET_OVERSHOOT = 0.1
 RESTORED_OVERSHOOT = 25.0
+# The share of `value_range` below which a pair of batches is taken for one in another range, as [0, 1] is in [0, 255].
+NARROW = 1 / 50
 TARGET_REQUIRES_GRAD = "target requires grad; the loss has no gradient for it: pass target.detach()"
 
 
@@ -76,27 +78,25 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         SETTINGS[name](name, value)
 
 
-def _check_tensor(name: str, image: Tensor, shape: Sequence[int], device: torch.device) -> None:
+def _check_tensor(name: str, image: Tensor, shape: Sequence[int], device: torch.device, hint: str = "") -> None:
     if not isinstance(image, Tensor):
         raise InputTypeError(f"{name} is a {type(image).__name__}; expected a torch.Tensor")
     if not image.is_floating_point():
         raise InputTypeError(f"{name} has dtype {image.dtype}; expected a floating-point dtype")
     if list(image.shape) != list(shape):
-        raise InputError(f"{name} has shape {list(image.shape)}; expected {list(shape)}")
+        raise InputError(f"{name} has shape {list(image.shape)}; expected {list(shape)}{hint}")
     if image.device != device:
         raise InputTypeError(f"{name} is on {image.device}; expected {device}, where the loss is")
 
 
-def _check_values(name: str, image: Tensor, low: float, high: float, overshoot: float) -> str:
-    """Check the range of the pixels; return what is to be said if some are not finite, or else ""."""
-    smallest, largest = image.detach().aminmax()
-    values = torch.stack((smallest, largest)).tolist()  # one transfer; NaN anywhere makes both NaN
-    if not all(math.isfinite(value) for value in values):
+def _beyond(name: str, image: Tensor, extremes: Sequence[float], low: float, high: float, overshoot: float) -> str:
+    """Return what is to be said of pixels that are not finite, or too far outside the range, or else ""."""
+    if not all(math.isfinite(value) for value in extremes):
         return f"{name} holds NaN or infinite values {nonfinite_images(image)}"
     margin = overshoot * (high - low)
-    if values[0] < low - margin or values[1] > high + margin:
-        raise InputError(
-            f"{name} has values from {values[0]:.4g} to {values[1]:.4g}; "
+    if extremes[0] < low - margin or extremes[1] > high + margin:
+        return (
+            f"{name} has values from {extremes[0]:.4g} to {extremes[1]:.4g}; "
             f"expected about {low:g} to {high:g} (value_range={low, high})"
         )
     return ""
@@ -112,36 +112,53 @@ def check_images(
     device: torch.device,
     value_range: tuple[float, float],
     values: bool,
-) -> str:
+) -> tuple[str, str]:
     """Check a pair of image batches; `resolution` None admits any multiple of `multiple`.
 
-    `values` says whether to look at the pixels too (NaN, infinity, range), which on a GPU waits for it. What is to be
-    said of NaN and infinity in `restored` is returned, not raised, or else "".
+    `values` says whether to look at the pixels too (NaN, infinity, range), which on a GPU waits for it, once. Returned,
+    not raised, is what is to be said, or else "": of a `restored` as of a network that has diverged, and of a pair that
+    takes up so little of the range that it may be in another one.
     """
     if not isinstance(restored, Tensor):
         raise InputTypeError(f"restored is a {type(restored).__name__}; expected a torch.Tensor")
     if restored.ndim != 4:
         raise InputError(f"restored has shape {list(restored.shape)}; expected four axes [B, {channels}, H, W]")
-    batch, _, height, width = restored.shape
+    batch, found, height, width = restored.shape
     if batch == 0:
         raise InputError(f"restored has shape {list(restored.shape)}; expected at least one image")
+    hint = ""
     if resolution is not None:
+        if (height, width) != resolution:
+            hint = ", the bundle's size: crop images to it, or export one of their size with --resolution"
         height, width = resolution
     elif height == 0 or width == 0 or height % multiple or width % multiple:
         raise InputError(
             f"restored is {height}x{width}; expected height and width to be multiples of {multiple}, as this UNet needs"
         )
+    if found != channels:
+        hint = f": this UNet takes {channels} channels; export one that takes {found}, or convert the images"
     shape = (batch, channels, height, width)
-    _check_tensor("restored", restored, shape, device)
+    _check_tensor("restored", restored, shape, device, hint)
     _check_tensor("target", target, shape, device)
     if target.requires_grad:
         raise InputError(TARGET_REQUIRES_GRAD)
     if not values:
-        return ""
-    diverged = _check_values("restored", restored, *value_range, RESTORED_OVERSHOOT)
-    if broken := _check_values("target", target, *value_range, TARGET_OVERSHOOT):
+        return "", ""
+    # One transfer for both; NaN anywhere makes both extremes of an image NaN.
+    extremes = torch.stack((*restored.detach().aminmax(), *target.detach().aminmax())).tolist()
+    of_restored, of_target = extremes[:2], extremes[2:]
+    if broken := _beyond("target", target, of_target, *value_range, TARGET_OVERSHOOT):
         raise InputError(broken)
-    return diverged
+    diverged = _beyond("restored", restored, of_restored, *value_range, RESTORED_OVERSHOOT)
+    if diverged and all(math.isfinite(value) for value in of_restored):
+        diverged += ": the range is another one, or the network has diverged"
+    narrow = ""
+    if max(most - least for least, most in (of_restored, of_target)) < NARROW * (value_range[1] - value_range[0]):
+        narrow = (
+            f"restored has values from {of_restored[0]:.4g} to {of_restored[1]:.4g}, and target from "
+            f"{of_target[0]:.4g} to {of_target[1]:.4g}: is value_range={value_range} the range of these images?"
+        )
+    return diverged, narrow
 
 
 def check_noise(noise: Tensor, restored: Tensor) -> None:

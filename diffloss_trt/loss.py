@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "inductor", "onnxruntime", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx", "torch")
 BACKWARDS = ("fused", "recompute")
+# What a loss warns of once.
+RANGE = "images that may be in another range"
 # One for all losses, for a few instructions: a lock of its own could not be pickled with a loss.
 _counting = threading.Lock()
 
@@ -56,13 +58,13 @@ class Call(NamedTuple):
     number: counted from 1.
     images: what `Evaluator.terms` takes first.
     looked_at: whether values may be looked at, which in the capture of a CUDA graph they may not.
-    finite: whether `restored` is, as far as was looked.
+    usable: whether `restored` is finite and anywhere near its range, as far as was looked.
     """
 
     number: int
     images: Images
     looked_at: bool
-    finite: bool
+    usable: bool
 
 
 class DiffLoss(nn.Module):
@@ -105,6 +107,7 @@ class DiffLoss(nn.Module):
         self.nonfinite = nonfinite
         self.check_every = check_every
         self.calls = 0
+        self.warned: set[str] = set()
         self._handle = register(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -193,9 +196,9 @@ class DiffLoss(nn.Module):
             seed: of the random draws, >= 0. With one seed the processes of `torch.distributed` draw differently, each
                 by its rank; `state_dict()` holds where they are, so that a resumed training goes on with the same
                 draws. By default they come from PyTorch's global generator.
-            nonfinite: what a call does with NaN or infinity in `restored` or in its results. "error" raises; "skip"
-                logs a warning and returns NaN, with a gradient of NaN, with which `torch.amp.GradScaler` leaves the
-                optimizer's step out.
+            nonfinite: what a call does with NaN, infinity or values far outside `value_range` in `restored`, or with
+                NaN or infinity in its results. "error" raises; "skip" logs a warning and returns NaN, with a gradient
+                of NaN, with which `torch.amp.GradScaler` leaves the optimizer's step out.
             check_every: every so many calls, the results for the first image are compared with eager PyTorch in fp32.
                 That takes the memory of the UNet in fp32 once more. Never by default.
 
@@ -286,7 +289,7 @@ class DiffLoss(nn.Module):
                 a loss with a seed is to be repeated, and cannot be; see `Draws`.
             ParityError: `check_every` has found wrong results.
 
-            With nonfinite "skip", NaN and infinity in `restored` and in the results are not raised; see `load`.
+            With nonfinite "skip", what `restored` and the results hold is not raised; see `load`.
         """
         # Not `is_compiling`, which is true in all threads while one of them traces.
         if torch.compiler.is_dynamo_compiling():
@@ -327,7 +330,7 @@ class DiffLoss(nn.Module):
             self.calls += 1
             number = self.calls
         values = self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
-        diverged = check_images(
+        diverged, narrow = check_images(
             restored,
             target,
             channels=evaluator.channels,
@@ -339,6 +342,8 @@ class DiffLoss(nn.Module):
         )
         if diverged:
             self._report(number, InputError, diverged)
+        elif narrow:
+            self._warn_once(RANGE, narrow)
         batch, count = len(restored), len(evaluator.schedule)
         if generator is None and self.draws is not None and (timesteps is None or noise is None):
             generator = self.draws.generator(self.device)
@@ -354,7 +359,7 @@ class DiffLoss(nn.Module):
         dtype = torch.promote_types(restored.dtype, torch.float32)
         # A call that is skipped has drawn like any other: the ranks of a training stay in step.
         images = self.centred(restored), self.centred(target.to(dtype)), noise.to(dtype), timesteps
-        return Call(number, images, values, finite=not diverged)
+        return Call(number, images, values, usable=not diverged)
 
     def evaluate(self, call: Call) -> tuple[Terms, Tensor | None]:
         """Return the terms of a call, and the gradient of `total` with respect to `restored` in [-1, 1].
@@ -362,7 +367,7 @@ class DiffLoss(nn.Module):
         With a `FusedEvaluator` neither is on a tape. With others `total` is, if one is made, and the gradient None,
         unless nothing was computed.
         """
-        if not call.finite:
+        if not call.usable:
             return _constant(call, math.nan)
         if self.weights == (0.0, 0.0):
             return _constant(call, 0.0)
@@ -397,6 +402,13 @@ class DiffLoss(nn.Module):
         if self.nonfinite == "error":
             raise error(f"call {number:,} of this loss: {what}")
         logger.warning("call %s of this loss is skipped: %s", f"{number:,}", what)
+
+    def _warn_once(self, of: str, message: str) -> None:
+        with _counting:
+            said = of in self.warned
+            self.warned.add(of)
+        if not said:
+            logger.warning("%s", message)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Called by .to(), .cuda() and the like. The module holds no tensors itself: ask where `fn` would put one.

@@ -212,6 +212,32 @@ def test_a_path_or_a_unet_is_no_evaluator(scheduler: Any) -> None:
             DiffLoss(evaluator)
 
 
+def test_images_that_a_bundle_does_not_take(exported: tuple[Path, Any, NoiseSchedule]) -> None:
+    loss = DiffLoss.load(exported[0], "onnxruntime", "cpu")
+    size = r"restored has shape \[2, 3, 24, 16\]; expected \[2, 3, 16, 16\], the bundle's size: crop .*--resolution$"
+    with pytest.raises(InputError, match=size):
+        loss(image(2, 3, 24, 16), image(2, 3, 24, 16))
+    grey = r"expected \[2, 3, 16, 16\]: this UNet takes 3 channels; export one that takes 1, or convert the images$"
+    with pytest.raises(InputError, match=grey):
+        loss(image(2, 1, 16, 16), image(2, 1, 16, 16))
+    with pytest.raises(InputError, match=r"target has shape \[2, 3, 24, 16\]; expected \[2, 3, 16, 16\]$"):
+        loss(image(), image(2, 3, 24, 16))
+
+
+def test_images_in_another_range_are_warned_of_once(scheduler: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """As those in [0, 1] are in [0, 255]; the loss of such a pair is near nothing, and looks like a success."""
+    loss = DiffLoss.from_unet(make_unet(dtype=torch.float32), scheduler, value_range=(0, 255))
+    full = 255 * image()
+    for restored, target in ((full, full), (image(), full), (full, image())):
+        loss(restored, target)
+    assert not caplog.records
+    for _ in range(3):
+        loss((image() / 2).half().index_fill(3, torch.tensor([0, 1]), 0.75), image().round())
+    assert [record.getMessage().partition(" to ")[2] for record in caplog.records] == [
+        "0.75, and target from 0 to 1: is value_range=(0.0, 255.0) the range of these images?"
+    ]
+
+
 def test_bad_models(scheduler: Any) -> None:
     with pytest.raises(ModelError, match="class-conditional"):
         DiffLoss.from_unet(make_unet(num_class_embeds=4), scheduler)
