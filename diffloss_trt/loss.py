@@ -48,6 +48,7 @@ BACKENDS = ("auto", "inductor", "onnxruntime", "onnxruntime-tensorrt", "tensorrt
 BACKWARDS = ("fused", "recompute")
 # What a loss warns of once.
 RANGE = "images that may be in another range"
+BATCH = "batches that do not fit the bundle's"
 # One for all losses, for a few instructions: a lock of its own could not be pickled with a loss.
 _counting = threading.Lock()
 
@@ -372,6 +373,14 @@ class DiffLoss(nn.Module):
         if self.weights == (0.0, 0.0):
             return _constant(call, 0.0)
         evaluator, gradient = self.evaluator, None
+        count, at_once = len(call.images[0]), evaluator.batch_size
+        computed = math.ceil(count / at_once) * at_once
+        if 3 * (computed - count) >= computed:
+            self._warn_once(
+                BATCH,
+                f"this bundle computes {at_once} images at a time, so that a batch of {count} takes as long as one of "
+                f"{computed}; where batches are of {count}, export it with --batch-size {count}",
+            )
         if isinstance(evaluator, FusedEvaluator):
             terms, gradient = evaluator.evaluate(*call.images, self.weights)
         else:

@@ -17,6 +17,7 @@ from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import InputError
 from diffloss_export.models import BUILTIN, load_model
 from diffloss_trt import DiffLoss
+from diffloss_trt.loss import BATCH
 from diffloss_trt.sampling import TimestepSampler, uniform_range
 
 _AT_ONCE = 8  # tiles
@@ -121,7 +122,9 @@ def load_loss(
     """
     weights: dict[str, Any] = {"naturalness_weight": naturalness_weight, "semantic_weight": semantic_weight}
     if bundle is not None:
-        return DiffLoss.load(bundle, device=device, **weights), Bundle.open(bundle).resolution
+        loss = DiffLoss.load(bundle, device=device, **weights)
+        loss.warned.add(BATCH)  # the last tiles are few for any bundle, and this advice is for trainings
+        return loss, Bundle.open(bundle).resolution
     model = load_model(BUILTIN)
     side = model.unet.config.sample_size
     return DiffLoss.from_unet(model.unet.to(device), model.schedule, **weights), (side, side)

@@ -162,8 +162,9 @@ def test_command_on_a_bundle(
     first, second = save(target[:, :32, :24], tmp_path / "a.png"), save(target[:, 1:33, :24], tmp_path / "b.png")
     arguments = ["explain", "--restored", str(first), "--target", str(second), "--bundle", str(bundle)]
     assert main([*arguments, "-o", str(tmp_path / "out.jpg"), "--draws", "2", "--device", "cpu"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert out.startswith(f"{tmp_path / 'out.jpg'}: total ")
+    assert "--batch-size" not in err
     assert "means over 2 timesteps, tiles of 16x16" in out
     assert (tmp_path / "out.jpg").stat().st_size > 1000
 
