@@ -67,7 +67,8 @@ def _value_and_gradient(
         raise InputError(TARGET_REQUIRES_GRAD)
     terms, gradient = loss.evaluate(loss.prepare(restored, target, timesteps, noise))
     assert gradient is not None  # as a FusedEvaluator computes it
-    total, naturalness, semantic, gradient = (result.float() for result in (*terms, gradient))
+    # Compiled graphs expect the layout that is promised below; channels-last images may give another.
+    total, naturalness, semantic, gradient = (result.float().contiguous() for result in (*terms, gradient))
     return total, naturalness, semantic, gradient
 
 

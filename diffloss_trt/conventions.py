@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffloss_engine.errors import InputError
+from diffloss_engine.errors import InputError, InputTypeError
+from diffloss_trt.inputs import check_weight
 from diffloss_trt.loss import DiffLoss
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -23,7 +24,8 @@ class DiffLossCriterion(nn.Module):
         data_range: images are in [0, data_range].
         options: more options of `DiffLoss.load`, such as `naturalness_weight` and `backend`.
 
-    Raises InputError for a reduction that there is not, and as `DiffLoss.load` does.
+    Raises InputError for a reduction that there is not, InputTypeError for a `value_range`, and as `DiffLoss.load`
+    does.
     """
 
     lower_better = True
@@ -41,7 +43,9 @@ class DiffLossCriterion(nn.Module):
         super().__init__()
         if reduction not in REDUCTIONS:
             raise InputError(f"reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
-        self.loss_weight = loss_weight
+        if "value_range" in options:
+            raise InputTypeError("value_range is no option here: images are in [0, data_range], so give data_range")
+        self.loss_weight = check_weight("loss_weight", loss_weight)
         self.reduction = reduction
         self.loss_fn = DiffLoss.load(bundle, reduction="none", value_range=(0.0, data_range), **options)
 

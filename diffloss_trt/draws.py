@@ -8,6 +8,7 @@ from collections import deque
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 from diffloss_engine.errors import BackendError, InputError
 
@@ -19,7 +20,9 @@ _numbering = threading.Lock()
 class Draws(nn.Module):
     """Numbers the calls of a loss, and gives each a generator that follows from seed, rank and number alone.
 
-    The rank is that of the process in torch.distributed's default group. Its whole state, two integers, is in
+    The rank is that of the process in torch.distributed's default group. In a data loader's worker, whose copy of the
+    loss counts from where the training's was when it started, the worker's own seed is mixed in: it differs by worker
+    and by epoch, and follows from PyTorch's global seed. The whole state, two integers, is in
     `state_dict()`: what one rank saves continues the run on every rank, whatever the device.
 
     Activation checkpointing runs a call again in the backward pass, and must get the same draw. What it restores is the
@@ -46,7 +49,9 @@ class Draws(nn.Module):
         number = self._number(int(torch.randint(2**62, (), device="cpu")))
         grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if grouped else 0
-        digest = hashlib.sha256(f"{self.seed} {rank} {number}".encode()).digest()
+        worker = get_worker_info()
+        numbers = [self.seed, rank, number] if worker is None else [self.seed, rank, number, worker.seed]
+        digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest[:8]) // 2)
 
     def _number(self, ticket: int) -> int:

@@ -56,6 +56,8 @@ class Evaluator(Protocol):
     schedule: NoiseSchedule
     channels: int
     resolution_multiple: int
+    # How many images are computed at a time: fewer take as long.
+    batch_size: int
 
     @property
     def resolution(self) -> tuple[int, int] | None:
@@ -117,6 +119,7 @@ class EagerEvaluator:
     backend = "torch"
     backward = "recompute"
     resolution = None
+    batch_size = 1
 
     def __init__(self, unet: TappedUNet, device: torch.device) -> None:
         self.unet = unet
@@ -158,6 +161,7 @@ class _BundleEvaluator:
         self.device = device
         self.schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
         self.resolution = bundle.resolution
+        self.batch_size = bundle.batch_size
         config = expect(bundle.read_json(UNET_CONFIG), dict, UNET_CONFIG)
         self.channels = expect_positive(config.get("in_channels"), f"{UNET_CONFIG}: in_channels")
         self.resolution_multiple = 1  # there is but one resolution

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -15,71 +18,85 @@ from diffloss_trt.nonfinite import nonfinite_images
 # resampling; a network that has just been initialised may be anywhere near, but not at 255 when told 1.
 TARGET_OVERSHOOT = 0.1
 RESTORED_OVERSHOOT = 25.0
+# The share of `value_range` below which a pair of batches is taken for one in another range, as [0, 1] is in [0, 255].
+NARROW = 1 / 50
 TARGET_REQUIRES_GRAD = "target requires grad; the loss has no gradient for it: pass target.detach()"
 
 
-def check_settings(
-    naturalness_weight: float,
-    semantic_weight: float,
-    reduction: str,
-    value_range: Sequence[float],
-    seed: int | None,
-    nonfinite: str,
-    check_every: int | None = None,
-) -> tuple[float, float]:
-    """Check the settings of a DiffLoss; return `value_range` as (low, high)."""
-    for name, weight in (("naturalness_weight", naturalness_weight), ("semantic_weight", semantic_weight)):
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise InputTypeError(f"{name} is a {type(weight).__name__}; expected a number")
-        if not math.isfinite(weight) or weight < 0:
-            raise InputError(f"{name} is {weight}; expected a finite number >= 0")
-    if reduction not in ("mean", "none"):
-        raise InputError(f"reduction is {reduction!r}; expected 'mean' or 'none'")
-    if (
-        not isinstance(value_range, Sequence)
-        or len(value_range) != 2
-        or not all(isinstance(bound, int | float) for bound in value_range)
-    ):
-        raise InputTypeError(f"value_range is {value_range!r}; expected (low, high), such as (0.0, 1.0)")
-    low, high = (float(bound) for bound in value_range)
+def check_weight(name: str, value: Any) -> float:
+    """Check a weight: a finite number >= 0, NumPy's scalars among them."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InputTypeError(f"{name} is a {type(value).__name__}; expected a number")
+    if not math.isfinite(value) or value < 0:
+        raise InputError(f"{name} is {value}; expected a finite number >= 0")
+    return float(value)
+
+
+def check_range(name: str, value: Any) -> tuple[float, float]:
+    """Check a range of pixels; return it as (low, high)."""
+    if not isinstance(value, Sequence) or len(value) != 2 or not all(isinstance(bound, Real) for bound in value):
+        raise InputTypeError(f"{name} is {value!r}; expected (low, high), such as (0.0, 1.0)")
+    low, high = (float(bound) for bound in value)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise InputError(f"value_range is ({low}, {high}); expected finite bounds with low < high")
-    if seed is not None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise InputTypeError(f"seed is a {type(seed).__name__}; expected an integer, or None")
-        if not 0 <= seed < 2**63:
-            raise InputError(f"seed is {seed}; expected 0 to 2**63 - 1")
-    if nonfinite not in ("error", "skip"):
-        raise InputError(f"nonfinite is {nonfinite!r}; expected 'error' or 'skip'")
-    if check_every is not None:
-        if isinstance(check_every, bool) or not isinstance(check_every, int):
-            raise InputTypeError(f"check_every is a {type(check_every).__name__}; expected an integer, or None")
-        if check_every < 1:
-            raise InputError(f"check_every is {check_every}; expected at least 1, or None")
+        raise InputError(f"{name} is ({low}, {high}); expected finite bounds with low < high")
     return low, high
 
 
-def _check_tensor(name: str, image: Tensor, shape: Sequence[int], device: torch.device) -> None:
+def _check_choice(name: str, value: Any, choices: tuple[str, str]) -> Any:
+    if value not in choices:
+        raise InputError(f"{name} is {value!r}; expected {choices[0]!r} or {choices[1]!r}")
+    return value
+
+
+def _check_integer(name: str, value: Any, least: int) -> int | None:
+    """Check an integer of 63 bits, NumPy's among them, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InputTypeError(f"{name} is a {type(value).__name__}; expected an integer, or None")
+    number = int(value)
+    if not least <= number < 2**63:
+        raise InputError(f"{name} is {number}; expected {least} to 2**63 - 1, or None")
+    return number
+
+
+# The settings of a DiffLoss: each raises for what cannot be used, and returns what is kept.
+SETTINGS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
+    "naturalness_weight": check_weight,
+    "semantic_weight": check_weight,
+    "reduction": functools.partial(_check_choice, choices=("mean", "none")),
+    "value_range": check_range,
+    "seed": functools.partial(_check_integer, least=0),
+    "nonfinite": functools.partial(_check_choice, choices=("error", "skip")),
+    "check_every": functools.partial(_check_integer, least=1),
+}
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Check settings of a DiffLoss, by name."""
+    for name, value in settings.items():
+        SETTINGS[name](name, value)
+
+
+def _check_tensor(name: str, image: Tensor, shape: Sequence[int], device: torch.device, hint: str = "") -> None:
     if not isinstance(image, Tensor):
         raise InputTypeError(f"{name} is a {type(image).__name__}; expected a torch.Tensor")
     if not image.is_floating_point():
         raise InputTypeError(f"{name} has dtype {image.dtype}; expected a floating-point dtype")
     if list(image.shape) != list(shape):
-        raise InputError(f"{name} has shape {list(image.shape)}; expected {list(shape)}")
+        raise InputError(f"{name} has shape {list(image.shape)}; expected {list(shape)}{hint}")
     if image.device != device:
         raise InputTypeError(f"{name} is on {image.device}; expected {device}, where the loss is")
 
 
-def _check_values(name: str, image: Tensor, low: float, high: float, overshoot: float) -> str:
-    """Check the range of the pixels; return what is to be said if some are not finite, or else ""."""
-    smallest, largest = image.detach().aminmax()
-    values = torch.stack((smallest, largest)).tolist()  # one transfer; NaN anywhere makes both NaN
-    if not all(math.isfinite(value) for value in values):
+def _beyond(name: str, image: Tensor, extremes: Sequence[float], low: float, high: float, overshoot: float) -> str:
+    """Return what is to be said of pixels that are not finite, or too far outside the range, or else ""."""
+    if not all(math.isfinite(value) for value in extremes):
         return f"{name} holds NaN or infinite values {nonfinite_images(image)}"
     margin = overshoot * (high - low)
-    if values[0] < low - margin or values[1] > high + margin:
-        raise InputError(
-            f"{name} has values from {values[0]:.4g} to {values[1]:.4g}; "
+    if extremes[0] < low - margin or extremes[1] > high + margin:
+        return (
+            f"{name} has values from {extremes[0]:.4g} to {extremes[1]:.4g}; "
             f"expected about {low:g} to {high:g} (value_range={low, high})"
         )
     return ""
@@ -95,36 +112,53 @@ def check_images(
     device: torch.device,
     value_range: tuple[float, float],
     values: bool,
-) -> str:
+) -> tuple[str, str]:
     """Check a pair of image batches; `resolution` None admits any multiple of `multiple`.
 
-    `values` says whether to look at the pixels too (NaN, infinity, range), which on a GPU waits for it. What is to be
-    said of NaN and infinity in `restored` is returned, not raised, or else "".
+    `values` says whether to look at the pixels too (NaN, infinity, range), which on a GPU waits for it, once. Returned,
+    not raised, is what is to be said, or else "": of a `restored` as of a network that has diverged, and of a pair that
+    takes up so little of the range that it may be in another one.
     """
     if not isinstance(restored, Tensor):
         raise InputTypeError(f"restored is a {type(restored).__name__}; expected a torch.Tensor")
     if restored.ndim != 4:
         raise InputError(f"restored has shape {list(restored.shape)}; expected four axes [B, {channels}, H, W]")
-    batch, _, height, width = restored.shape
+    batch, found, height, width = restored.shape
     if batch == 0:
         raise InputError(f"restored has shape {list(restored.shape)}; expected at least one image")
+    hint = ""
     if resolution is not None:
+        if (height, width) != resolution:
+            hint = ", the bundle's size: crop images to it, or export one of their size with --resolution"
         height, width = resolution
     elif height == 0 or width == 0 or height % multiple or width % multiple:
         raise InputError(
             f"restored is {height}x{width}; expected height and width to be multiples of {multiple}, as this UNet needs"
         )
+    if found != channels:
+        hint = f": this UNet takes {channels} channels; export one that takes {found}, or convert the images"
     shape = (batch, channels, height, width)
-    _check_tensor("restored", restored, shape, device)
+    _check_tensor("restored", restored, shape, device, hint)
     _check_tensor("target", target, shape, device)
     if target.requires_grad:
         raise InputError(TARGET_REQUIRES_GRAD)
     if not values:
-        return ""
-    diverged = _check_values("restored", restored, *value_range, RESTORED_OVERSHOOT)
-    if broken := _check_values("target", target, *value_range, TARGET_OVERSHOOT):
+        return "", ""
+    # One transfer for both; NaN anywhere makes both extremes of an image NaN.
+    extremes = torch.stack((*restored.detach().aminmax(), *target.detach().aminmax())).tolist()
+    of_restored, of_target = extremes[:2], extremes[2:]
+    if broken := _beyond("target", target, of_target, *value_range, TARGET_OVERSHOOT):
         raise InputError(broken)
-    return diverged
+    diverged = _beyond("restored", restored, of_restored, *value_range, RESTORED_OVERSHOOT)
+    if diverged and all(math.isfinite(value) for value in of_restored):
+        diverged += ": the range is another one, or the network has diverged"
+    narrow = ""
+    if max(most - least for least, most in (of_restored, of_target)) < NARROW * (value_range[1] - value_range[0]):
+        narrow = (
+            f"restored has values from {of_restored[0]:.4g} to {of_restored[1]:.4g}, and target from "
+            f"{of_target[0]:.4g} to {of_target[1]:.4g}: is value_range={value_range} the range of these images?"
+        )
+    return diverged, narrow
 
 
 def check_noise(noise: Tensor, restored: Tensor) -> None:

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import BackendError, BackendUnavailableError, DiffLossError, InputError, ParityError
+from diffloss_engine.errors import (
+    BackendError,
+    BackendUnavailableError,
+    DiffLossError,
+    InputError,
+    InputTypeError,
+    ParityError,
+)
 from diffloss_engine.inductor import has_bfloat16
 from diffloss_engine.tensors import concrete_device
 from diffloss_trt.autograd import attach
@@ -28,7 +35,7 @@ from diffloss_trt.evaluators import (
     gradient_graph,
     open_recomputing,
 )
-from diffloss_trt.inputs import check_images, check_noise, check_settings, check_timesteps
+from diffloss_trt.inputs import SETTINGS, check_images, check_noise, check_range, check_settings, check_timesteps
 from diffloss_trt.nonfinite import nonfinite_images, nonfinite_results
 from diffloss_trt.objective import Terms, wide
 from diffloss_trt.probe import check_evaluator
@@ -39,6 +46,9 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "inductor", "onnxruntime", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx", "torch")
 BACKWARDS = ("fused", "recompute")
+# What a loss warns of once.
+RANGE = "images that may be in another range"
+BATCH = "batches that do not fit the bundle's"
 # One for all losses, for a few instructions: a lock of its own could not be pickled with a loss.
 _counting = threading.Lock()
 
@@ -49,13 +59,13 @@ class Call(NamedTuple):
     number: counted from 1.
     images: what `Evaluator.terms` takes first.
     looked_at: whether values may be looked at, which in the capture of a CUDA graph they may not.
-    finite: whether `restored` is, as far as was looked.
+    usable: whether `restored` is finite and anywhere near its range, as far as was looked.
     """
 
     number: int
     images: Images
     looked_at: bool
-    finite: bool
+    usable: bool
 
 
 class DiffLoss(nn.Module):
@@ -83,20 +93,33 @@ class DiffLoss(nn.Module):
         check_every: int | None = None,
     ) -> None:
         super().__init__()
-        self.value_range = check_settings(
-            naturalness_weight, semantic_weight, reduction, value_range, seed, nonfinite, check_every
-        )
-        if check_every is not None and not isinstance(evaluator, FusedEvaluator):
-            raise InputError("check_every is for a bundle and backward='fused': nothing else is held to a tolerance")
-        self.naturalness_weight = float(naturalness_weight)
-        self.semantic_weight = float(semantic_weight)
-        self.reduction = reduction
+        if not hasattr(evaluator, "schedule"):
+            raise InputTypeError(
+                f"evaluator is a {type(evaluator).__name__}; the loss of a bundle is DiffLoss.load(bundle), "
+                "and that of a UNet DiffLoss.from_unet(unet, scheduler)"
+            )
         self.evaluator = evaluator
+        self.naturalness_weight = naturalness_weight
+        self.semantic_weight = semantic_weight
+        self.reduction = reduction
+        self.value_range = check_range("value_range", value_range)
+        seed = SETTINGS["seed"]("seed", seed)
         self.draws = None if seed is None else Draws(seed)
         self.nonfinite = nonfinite
         self.check_every = check_every
         self.calls = 0
+        self.warned: set[str] = set()
         self._handle = register(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Trainers assign settings in the middle of a training too.
+        if name in SETTINGS:
+            value = SETTINGS[name](name, value)
+            if name == "check_every" and value is not None and not isinstance(self.evaluator, FusedEvaluator):
+                raise InputError(
+                    "check_every is for a bundle and backward='fused': nothing else is held to a tolerance"
+                )
+        super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # To compiled graphs a copy, or what was pickled, is a loss of its own, which has settings of its own.
@@ -125,18 +148,18 @@ class DiffLoss(nn.Module):
         Raises `ModelError` for a UNet or scheduler that cannot be used, `InputError` and `InputTypeError` for bad
         settings; see `load` for those.
         """
-        check_settings(naturalness_weight, semantic_weight, reduction, value_range, seed, nonfinite)
+        settings: dict[str, Any] = {
+            "naturalness_weight": naturalness_weight,
+            "semantic_weight": semantic_weight,
+            "reduction": reduction,
+            "value_range": value_range,
+            "seed": seed,
+            "nonfinite": nonfinite,
+        }
+        check_settings(settings)
         schedule = scheduler if isinstance(scheduler, NoiseSchedule) else NoiseSchedule.from_scheduler(scheduler)
         tapped = TappedUNet(unet, schedule)
-        return cls(
-            EagerEvaluator(tapped, next(unet.parameters()).device),
-            naturalness_weight=naturalness_weight,
-            semantic_weight=semantic_weight,
-            reduction=reduction,
-            value_range=value_range,
-            seed=seed,
-            nonfinite=nonfinite,
-        )
+        return cls(EagerEvaluator(tapped, next(unet.parameters()).device), **settings)
 
     @classmethod
     def load(
@@ -174,9 +197,9 @@ class DiffLoss(nn.Module):
             seed: of the random draws, >= 0. With one seed the processes of `torch.distributed` draw differently, each
                 by its rank; `state_dict()` holds where they are, so that a resumed training goes on with the same
                 draws. By default they come from PyTorch's global generator.
-            nonfinite: what a call does with NaN or infinity in `restored` or in its results. "error" raises; "skip"
-                logs a warning and returns NaN, with a gradient of NaN, with which `torch.amp.GradScaler` leaves the
-                optimizer's step out.
+            nonfinite: what a call does with NaN, infinity or values far outside `value_range` in `restored`, or with
+                NaN or infinity in its results. "error" raises; "skip" logs a warning and returns NaN, with a gradient
+                of NaN, with which `torch.amp.GradScaler` leaves the optimizer's step out.
             check_every: every so many calls, the results for the first image are compared with eager PyTorch in fp32.
                 That takes the memory of the UNet in fp32 once more. Never by default.
 
@@ -187,7 +210,16 @@ class DiffLoss(nn.Module):
             ParityError: on the images that the bundle carries, the backend's results are wrong.
             InputError, InputTypeError: a setting cannot be used.
         """
-        check_settings(naturalness_weight, semantic_weight, reduction, value_range, seed, nonfinite, check_every)
+        settings: dict[str, Any] = {
+            "naturalness_weight": naturalness_weight,
+            "semantic_weight": semantic_weight,
+            "reduction": reduction,
+            "value_range": value_range,
+            "seed": seed,
+            "nonfinite": nonfinite,
+            "check_every": check_every,
+        }
+        check_settings(settings)
         if backend not in BACKENDS:
             raise InputError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
         if backward is not None and backward not in BACKWARDS:
@@ -199,16 +231,7 @@ class DiffLoss(nn.Module):
             raise InputError("cuda_graph is for a CUDA device and backward='fused'")
         wanted = _Wanted(fused, cuda_graph, (naturalness_weight, semantic_weight))
         evaluator = _open(opened, backend, place, wanted)
-        return cls(
-            evaluator,
-            naturalness_weight=naturalness_weight,
-            semantic_weight=semantic_weight,
-            reduction=reduction,
-            value_range=value_range,
-            seed=seed,
-            nonfinite=nonfinite,
-            check_every=check_every,
-        )
+        return cls(evaluator, **settings)
 
     @property
     def device(self) -> torch.device:
@@ -267,7 +290,7 @@ class DiffLoss(nn.Module):
                 a loss with a seed is to be repeated, and cannot be; see `Draws`.
             ParityError: `check_every` has found wrong results.
 
-            With nonfinite "skip", NaN and infinity in `restored` and in the results are not raised; see `load`.
+            With nonfinite "skip", what `restored` and the results hold is not raised; see `load`.
         """
         # Not `is_compiling`, which is true in all threads while one of them traces.
         if torch.compiler.is_dynamo_compiling():
@@ -308,7 +331,7 @@ class DiffLoss(nn.Module):
             self.calls += 1
             number = self.calls
         values = self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
-        diverged = check_images(
+        diverged, narrow = check_images(
             restored,
             target,
             channels=evaluator.channels,
@@ -320,6 +343,8 @@ class DiffLoss(nn.Module):
         )
         if diverged:
             self._report(number, InputError, diverged)
+        elif narrow:
+            self._warn_once(RANGE, narrow)
         batch, count = len(restored), len(evaluator.schedule)
         if generator is None and self.draws is not None and (timesteps is None or noise is None):
             generator = self.draws.generator(self.device)
@@ -335,7 +360,7 @@ class DiffLoss(nn.Module):
         dtype = torch.promote_types(restored.dtype, torch.float32)
         # A call that is skipped has drawn like any other: the ranks of a training stay in step.
         images = self.centred(restored), self.centred(target.to(dtype)), noise.to(dtype), timesteps
-        return Call(number, images, values, finite=not diverged)
+        return Call(number, images, values, usable=not diverged)
 
     def evaluate(self, call: Call) -> tuple[Terms, Tensor | None]:
         """Return the terms of a call, and the gradient of `total` with respect to `restored` in [-1, 1].
@@ -343,11 +368,19 @@ class DiffLoss(nn.Module):
         With a `FusedEvaluator` neither is on a tape. With others `total` is, if one is made, and the gradient None,
         unless nothing was computed.
         """
-        if not call.finite:
+        if not call.usable:
             return _constant(call, math.nan)
         if self.weights == (0.0, 0.0):
             return _constant(call, 0.0)
         evaluator, gradient = self.evaluator, None
+        count, at_once = len(call.images[0]), evaluator.batch_size
+        computed = math.ceil(count / at_once) * at_once
+        if 3 * (computed - count) >= computed:
+            self._warn_once(
+                BATCH,
+                f"this bundle computes {at_once} images at a time, so that a batch of {count} takes as long as one of "
+                f"{computed}; where batches are of {count}, export it with --batch-size {count}",
+            )
         if isinstance(evaluator, FusedEvaluator):
             terms, gradient = evaluator.evaluate(*call.images, self.weights)
         else:
@@ -358,7 +391,7 @@ class DiffLoss(nn.Module):
             self._report(call.number, *self._cause(call, found))
             return _constant(call, math.nan)
         if self.check_every is not None and call.number % self.check_every == 0:
-            assert isinstance(evaluator, FusedEvaluator)  # see the constructor
+            assert isinstance(evaluator, FusedEvaluator)  # see `__setattr__`
             assert gradient is not None
             evaluator.check(call.number, call.images, self.weights, terms, gradient)
         return terms, gradient
@@ -378,6 +411,13 @@ class DiffLoss(nn.Module):
         if self.nonfinite == "error":
             raise error(f"call {number:,} of this loss: {what}")
         logger.warning("call %s of this loss is skipped: %s", f"{number:,}", what)
+
+    def _warn_once(self, of: str, message: str) -> None:
+        with _counting:
+            said = of in self.warned
+            self.warned.add(of)
+        if not said:
+            logger.warning("%s", message)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Called by .to(), .cuda() and the like. The module holds no tensors itself: ask where `fn` would put one.

@@ -85,7 +85,7 @@ class NoiseSchedule:
         try:
             return cls(
                 prediction_type=value["prediction_type"],
-                **{name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in tables.items()},
+                **{name: torch.tensor(numbers, dtype=torch.float64, device="cpu") for name, numbers in tables.items()},
             )
         except (InputError, OverflowError) as error:
             raise BundleError(f"the schedule is not usable: {error}") from error

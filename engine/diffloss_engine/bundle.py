@@ -30,7 +30,7 @@ class Bundle:
     """A bundle on disk, opened for reading.
 
     Attributes:
-        path: the folder.
+        path: the folder, absolute: files are read from it later, wherever the process has gone by then.
         unet: what the bundle says of the diffusion model: `class`, `parameters`, `sha256` and more.
         resolution: height and width of the images, in pixels.
         batch_size: how many images the graphs take at once.
@@ -72,7 +72,7 @@ class Bundle:
         except BundleError as error:
             raise BundleError(f"{folder}: {error}") from error
         compare_files(folder, on_disk, manifest.files)
-        return cls(folder, manifest)
+        return cls(folder.absolute(), manifest)
 
     def description(self) -> dict[str, Any]:
         """What the manifest says, as JSON values."""

@@ -17,6 +17,7 @@ from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import InputError
 from diffloss_export.models import BUILTIN, load_model
 from diffloss_trt import DiffLoss
+from diffloss_trt.loss import BATCH
 from diffloss_trt.sampling import TimestepSampler, uniform_range
 
 _AT_ONCE = 8  # tiles
@@ -68,10 +69,12 @@ def explain(
         widened by its borders, and one of that size is one tile.
     draws: timesteps, spread evenly over the schedule, each with noises of its own, all from `seed`.
 
-    Raises InputError if draws is below 1, and as the loss does.
+    Raises InputError if draws is below 1 or `seed` is not in [0, 2**63), and as the loss does.
     """
     if draws < 1:
         raise InputError(f"the number of draws is {draws}; expected at least 1")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed is {seed}; expected 0 to 2**63 - 1")
     height, width = restored.shape[1:]
     padding = (0, max(0, tile[1] - width), 0, max(0, tile[0] - height))
     images = torch.stack([restored, target]).to(loss.device)
@@ -119,7 +122,9 @@ def load_loss(
     """
     weights: dict[str, Any] = {"naturalness_weight": naturalness_weight, "semantic_weight": semantic_weight}
     if bundle is not None:
-        return DiffLoss.load(bundle, device=device, **weights), Bundle.open(bundle).resolution
+        loss = DiffLoss.load(bundle, device=device, **weights)
+        loss.warned.add(BATCH)  # the last tiles are few for any bundle, and this advice is for trainings
+        return loss, Bundle.open(bundle).resolution
     model = load_model(BUILTIN)
     side = model.unet.config.sample_size
     return DiffLoss.from_unet(model.unet.to(device), model.schedule, **weights), (side, side)
@@ -134,12 +139,16 @@ def read_images(restored: Path, target: Path, channels: int) -> tuple[Tensor, Te
     return images
 
 
-def check_output(path: Path) -> None:
-    """Raise InputError if no picture can be written to `path`."""
+def check_output(path: Path, *read: Path) -> None:
+    """Raise InputError if no picture can be written to `path`, or if it is one of the files that are `read`."""
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise InputError(f"{path} does not end like a picture, such as .png")
     if not path.absolute().parent.is_dir():
         raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
+    for image in read:
+        # By file and not by name: a link, or another spelling, would overwrite it just the same.
+        if path.exists() and image.exists() and path.samefile(image):
+            raise InputError(f"{path} is not written, because {image} is read from it")
 
 
 def read_image(path: Path, channels: int) -> Tensor:

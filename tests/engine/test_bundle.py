@@ -42,6 +42,20 @@ def test_opens_what_was_written(bundle: Bundle) -> None:
     assert opened.graph_file("conv") == bundle.path / "conv.onnx"
 
 
+def test_a_relative_path_is_that_of_the_folder_it_was_opened_in(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that changes its working directory goes on reading files, and what it pickles is found again."""
+    monkeypatch.chdir(bundle.path.parent)
+    opened = Bundle.open(bundle.path.name)
+    with pytest.raises(BundleError, match=r"^none does not exist$"):
+        Bundle.open("none")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    opened.verify_hashes()
+    assert opened.path == bundle.path
+
+
 def test_description_is_json_with_what_inspect_prints(bundle: Bundle) -> None:
     description = json.loads(json.dumps(bundle.description()))
     assert description["format_version"] == 1

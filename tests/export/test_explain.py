@@ -162,8 +162,9 @@ def test_command_on_a_bundle(
     first, second = save(target[:, :32, :24], tmp_path / "a.png"), save(target[:, 1:33, :24], tmp_path / "b.png")
     arguments = ["explain", "--restored", str(first), "--target", str(second), "--bundle", str(bundle)]
     assert main([*arguments, "-o", str(tmp_path / "out.jpg"), "--draws", "2", "--device", "cpu"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert out.startswith(f"{tmp_path / 'out.jpg'}: total ")
+    assert "--batch-size" not in err
     assert "means over 2 timesteps, tiles of 16x16" in out
     assert (tmp_path / "out.jpg").stat().st_size > 1000
 
@@ -196,7 +197,21 @@ def test_what_cannot_be_read_or_written(
         (tmp_path / "none" / "out.png", "there is no folder"),
     ):
         assert message in refused(capsys, "--restored", image, "--target", image, *rest, path)
+    seed = refused(capsys, "--restored", image, "--target", image, *rest, out, "--seed", 2**64)
+    assert f"seed is {2**64}; expected 0 to 2**63 - 1" in seed
     assert not out.exists()
+
+
+def test_an_image_that_is_read_is_not_overwritten(tmp_path: Path) -> None:
+    restored, target, link = (tmp_path / name for name in ("restored.png", "target.png", "link.png"))
+    for path in (restored, target):
+        path.touch()
+    link.symlink_to(target)
+    for path, image in ((restored, restored), (tmp_path / ".." / tmp_path.name / "target.png", target), (link, target)):
+        with pytest.raises(InputError, match=f"is not written, because {image} is read from it"):
+            check_output(path, restored, target)
+    check_output(tmp_path / "out.png", restored, target)
+    check_output(tmp_path / "out.png", restored, tmp_path / "none.png")
 
 
 def test_formats_of_images(tmp_path: Path) -> None:

@@ -246,6 +246,25 @@ def test_the_operation_meets_what_torch_asks_of_one(exported: Exported) -> None:
         operation(degraded, target, *given, torch.empty(0), False, load(exported)._handle - 1)
 
 
+@pytest.mark.parametrize("case", ["onnxruntime", "torch", "no weights", "skipped"])
+def test_the_operation_keeps_the_layout_it_promises(case: str, exported: Exported) -> None:
+    """For channels-last images too: compiled code reads the gradient in the layout that it was told of."""
+    settings: dict[str, dict[str, Any]] = {
+        "onnxruntime": {},
+        "torch": {"backend": "torch"},
+        "no weights": {"naturalness_weight": 0.0, "semantic_weight": 0.0},
+        "skipped": {"nonfinite": "skip"},
+    }
+    loss = load(exported, **settings[case])
+    restored, target = (image.to(memory_format=torch.channels_last) for image in images(4))
+    if case == "skipped":
+        restored[1, 0, 0, 0] = torch.nan
+    *_, gradient = torch.ops.diffloss_trt.value_and_gradient.default(
+        restored, target, None, None, torch.empty(0), False, loss._handle
+    )
+    assert gradient.is_contiguous()
+
+
 def test_what_is_not_one_graph_says_so(exported: Exported, scheduler: Any) -> None:
     reference = DiffLoss.from_unet(make_unet(dtype=torch.float32), scheduler, **SETTINGS)
     for loss in (reference, load(exported, backward="recompute")):

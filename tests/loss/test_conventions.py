@@ -85,6 +85,12 @@ def test_wrong_options_are_refused_when_the_loss_is_made(bundle: Path, tmp_path:
     # YAML 1.1 takes 1e-3, without a point, for a text.
     with pytest.raises(InputTypeError, match="naturalness_weight is a str; expected a number"):
         PerceptualDiffLoss(bundle, **yaml.safe_load("naturalness_weight: 1e-3"))
+    with pytest.raises(InputTypeError, match="loss_weight is a str; expected a number"):
+        PerceptualDiffLoss(bundle, **yaml.safe_load("loss_weight: 1e-2"))
+    with pytest.raises(InputError, match=r"loss_weight is -1\.0; expected a finite number >= 0"):
+        DiffLossCriterion(bundle, loss_weight=-1.0)
+    with pytest.raises(InputTypeError, match=r"value_range is no option here: .* give data_range"):
+        DiffLossCriterion(bundle, value_range=(0, 1))
 
 
 class Registry:

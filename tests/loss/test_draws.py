@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from diffloss_engine.errors import BackendError, InputError
 from diffloss_trt import DiffLoss
@@ -168,3 +169,31 @@ def test_no_draw_is_recorded_in_a_cuda_graph() -> None:
         torch.zeros(1, device="cuda")  # PyTorch warns of a graph without anything in it
         with pytest.raises(BackendError, match="cannot draw while a CUDA graph is captured"):
             draws.generator(torch.device("cuda"))
+
+
+class Drawing(Dataset[Tensor]):
+    """A data set whose images are what a loss's draws give: as one that holds a loss, and calls it in the workers."""
+
+    def __init__(self) -> None:
+        self.draws = Draws(5)
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Tensor:
+        return draw(self.draws, 1)[0]
+
+
+# Python 3.12 and later warn of forking.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_workers_and_epochs_draw_apart() -> None:
+    def epochs() -> Tensor:
+        torch.manual_seed(3)
+        loader = DataLoader(Drawing(), num_workers=2)
+        return torch.stack([torch.cat(list(loader)) for _ in range(2)])
+
+    found = epochs()
+    assert found.flatten(0, 1).unique(dim=0).shape == (16, 8)
+    assert torch.equal(found, epochs())
+    torch.manual_seed(3)
+    assert torch.equal(torch.cat(list(DataLoader(Drawing()))), draw(Draws(5), 8))  # without workers as ever

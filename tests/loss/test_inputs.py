@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from diffloss_engine.errors import DiffLossError, InputError, InputTypeError, ModelError
-from diffloss_trt import DiffLoss
+from diffloss_trt import DiffLoss, NoiseSchedule
 from unets import make_unet
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -135,6 +139,7 @@ SETTINGS: list[tuple[type[DiffLossError], dict[str, Any], str]] = [
     (InputError, {"value_range": (0, 0)}, r"low < high"),
     (InputError, {"value_range": (-math.inf, 1)}, r"expected finite bounds"),
     (InputError, {"value_range": (math.nan, 1)}, r"expected finite bounds"),
+    (InputError, {"nonfinite": "ignore"}, r"nonfinite is 'ignore'; expected 'error' or 'skip'"),
     (InputTypeError, {"value_range": 255}, r"value_range is 255; expected \(low, high\)"),
     (InputTypeError, {"value_range": (0, 1, 2)}, r"value_range is \(0, 1, 2\); expected \(low, high\)"),
     (InputTypeError, {"value_range": "01"}, r"value_range is '01'; expected \(low, high\)"),
@@ -150,6 +155,87 @@ def test_bad_settings(scheduler: Any, error: type[DiffLossError], settings: dict
     # Settings are looked at first: a run that is told wrongly does not read gigabytes before it says so.
     with pytest.raises(error, match=message):
         DiffLoss.load("no such bundle", **settings)
+
+
+@pytest.mark.parametrize(("error", "settings", "message"), [case for case in SETTINGS if "seed" not in case[1]])
+def test_settings_are_checked_when_they_are_assigned(
+    loss: DiffLoss, error: type[DiffLossError], settings: dict[str, Any], message: str
+) -> None:
+    before = repr(loss)
+    ((name, value),) = settings.items()
+    with pytest.raises(error, match=message):
+        setattr(loss, name, value)
+    assert repr(loss) == before
+
+
+def test_check_every_is_checked_when_it_is_assigned(loss: DiffLoss, exported: tuple[Path, Any, NoiseSchedule]) -> None:
+    with pytest.raises(InputError, match="check_every is for a bundle and backward='fused'"):
+        loss.check_every = 1
+    loaded = DiffLoss.load(exported[0], "onnxruntime", "cpu")
+    with pytest.raises(InputError, match="check_every is 0; expected 1 to"):
+        loaded.check_every = 0
+    loaded.check_every = 2
+    loaded.check_every = None
+
+
+def test_settings_that_are_assigned_are_kept_by_copies(scheduler: Any) -> None:
+    loss = DiffLoss.from_unet(make_unet(), scheduler)
+    loss.value_range = [0, 255]  # type: ignore[assignment]
+    loss.naturalness_weight = 1
+    for same in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert (same.value_range, same.naturalness_weight) == ((0.0, 255.0), 1.0)
+        with pytest.raises(InputError, match="reduction is 'sum'"):
+            same.reduction = "sum"
+
+
+def test_numbers_may_be_numpys(scheduler: Any) -> None:
+    settings: dict[str, Any] = {
+        "naturalness_weight": np.float32(0.5),
+        "semantic_weight": np.int64(2),
+        "value_range": (np.float64(0), np.uint8(255)),
+        "seed": np.int64(7),
+    }
+    loss = DiffLoss.from_unet(make_unet(), scheduler, **settings)
+    assert (loss.weights, loss.value_range) == ((0.5, 2.0), (0.0, 255.0))
+    assert loss.draws is not None
+    assert loss.draws.seed == 7
+    for value in (*loss.weights, *loss.value_range, loss.draws.seed):
+        assert type(value) in (int, float)
+    with pytest.raises(InputTypeError, match="naturalness_weight is a bool"):
+        loss.naturalness_weight = np.bool_(True)  # type: ignore[assignment]
+
+
+def test_a_path_or_a_unet_is_no_evaluator(scheduler: Any) -> None:
+    evaluators: list[tuple[Any, str]] = [("bundle", "str"), (Path("bundle"), "PosixPath"), (make_unet(), "UNet2DModel")]
+    for evaluator, name in evaluators:
+        with pytest.raises(InputTypeError, match=f"evaluator is a {name}; the loss of a bundle is DiffLoss.load"):
+            DiffLoss(evaluator)
+
+
+def test_images_that_a_bundle_does_not_take(exported: tuple[Path, Any, NoiseSchedule]) -> None:
+    loss = DiffLoss.load(exported[0], "onnxruntime", "cpu")
+    size = r"restored has shape \[2, 3, 24, 16\]; expected \[2, 3, 16, 16\], the bundle's size: crop .*--resolution$"
+    with pytest.raises(InputError, match=size):
+        loss(image(2, 3, 24, 16), image(2, 3, 24, 16))
+    grey = r"expected \[2, 3, 16, 16\]: this UNet takes 3 channels; export one that takes 1, or convert the images$"
+    with pytest.raises(InputError, match=grey):
+        loss(image(2, 1, 16, 16), image(2, 1, 16, 16))
+    with pytest.raises(InputError, match=r"target has shape \[2, 3, 24, 16\]; expected \[2, 3, 16, 16\]$"):
+        loss(image(), image(2, 3, 24, 16))
+
+
+def test_images_in_another_range_are_warned_of_once(scheduler: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """As those in [0, 1] are in [0, 255]; the loss of such a pair is near nothing, and looks like a success."""
+    loss = DiffLoss.from_unet(make_unet(dtype=torch.float32), scheduler, value_range=(0, 255))
+    full = 255 * image()
+    for restored, target in ((full, full), (image(), full), (full, image())):
+        loss(restored, target)
+    assert not caplog.records
+    for _ in range(3):
+        loss((image() / 2).half().index_fill(3, torch.tensor([0, 1]), 0.75), image().round())
+    assert [record.getMessage().partition(" to ")[2] for record in caplog.records] == [
+        "0.75, and target from 0 to 1: is value_range=(0.0, 255.0) the range of these images?"
+    ]
 
 
 def test_bad_models(scheduler: Any) -> None:

@@ -312,6 +312,74 @@ def test_auto_says_once_what_it_takes(
     ]
 
 
+BATCHES = [([4, 8, 3, 7, 12], None), ([4, 2, 1, 6], (2, 4)), ([5], (5, 8)), ([1], (1, 4))]
+
+
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
+@pytest.mark.parametrize(("counts", "said"), BATCHES)
+def test_a_batch_that_wastes_the_bundles_is_warned_of_once(
+    counts: list[int],
+    said: tuple[int, int] | None,
+    backward: str,
+    exported: tuple[Path, Any, NoiseSchedule],
+    make_batch: Callable[..., Batch],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loss = DiffLoss.load(exported[0], "onnxruntime", "cpu", backward=backward, value_range=(-1, 1))
+    assert not caplog.records  # the images that it was checked on need not fit
+    restored, target = (image[:1].float() for image in make_batch()[:2])
+    for count in counts:
+        loss(restored.expand(count, -1, -1, -1), target.expand(count, -1, -1, -1))
+    expected = (
+        []
+        if said is None
+        else [
+            f"this bundle computes 4 images at a time, so that a batch of {said[0]} takes as long as one of {said[1]}; "
+            f"where batches are of {said[0]}, export it with --batch-size {said[0]}"
+        ]
+    )
+    assert [record.getMessage() for record in caplog.records] == expected
+
+
+def test_a_compiled_step_warns_of_its_batch_once(
+    exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch], caplog: pytest.LogCaptureFixture
+) -> None:
+    loss = DiffLoss.load(exported[0], "onnxruntime", "cpu", value_range=(-1, 1))
+    restored, target, *_ = make_batch(count=2, dtype=torch.float32)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        compiled(restored, target)
+    torch.compiler.reset()
+    assert sum("--batch-size 2" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_nothing_computed_is_nothing_wasted(
+    exported: tuple[Path, Any, NoiseSchedule],
+    scheduler: Any,
+    make_batch: Callable[..., Batch],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    restored, target, *_ = make_batch(count=1, dtype=torch.float32)
+    weights: dict[str, Any] = {"naturalness_weight": 0.0, "semantic_weight": 0.0}
+    DiffLoss.load(exported[0], "onnxruntime", "cpu", value_range=(-1, 1), **weights)(restored, target)
+    make_loss(make_unet(dtype=torch.float32), scheduler)(restored, target)  # which takes batches as they come
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_another_default_device_changes_nothing(
+    backend: str, backward: str, exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]
+) -> None:
+    """As trainers set one; "meta" stands for any that is not the loss's."""
+    restored, target, *_ = make_batch(dtype=torch.float32)
+    with torch.device("meta"):
+        loss = DiffLoss.load(exported[0], backend, "cpu", backward=backward, value_range=(-1, 1), seed=0)
+        found = loss(restored, target)
+    plain = DiffLoss.load(exported[0], backend, "cpu", backward=backward, value_range=(-1, 1), seed=0)
+    assert torch.equal(found, plain(restored, target))
+
+
 def test_load_refuses_what_it_cannot_do(exported: tuple[Path, Any, NoiseSchedule], tmp_path: Path) -> None:
     folder = exported[0]
     with pytest.raises(InputError, match="backend is 'tensorflow'; expected one of auto"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,28 @@ def test_a_skipped_step_leaves_no_trace(
     assert not torch.equal(disturbed.weights, before)
     assert torch.equal(disturbed.weights, undisturbed.weights)
     assert disturbed.scaler.get_scale() == undisturbed.scaler.get_scale() / 2
+
+
+def test_a_spike_far_out_of_range_is_skipped_too(make_loss: MakeLoss, caplog: pytest.LogCaptureFixture) -> None:
+    """Before a network that diverges returns infinity, it returns what no image holds."""
+    degraded, target = batch(0)
+    spike = degraded.clone()
+    spike[1, 0, 3, 3] = -3e4
+    said = r"restored has values from -3e\+04 to .*; expected about 0 to 1 .*: the range is another one, or the network"
+    with pytest.raises(InputError, match=f"^call 1 of this loss: {said} has diverged$"):
+        make_loss()(spike, target)
+    loss = make_loss(nonfinite="skip")
+    leaf = spike.requires_grad_()
+    value = loss(leaf, target)
+    value.backward()
+    assert value.isnan()
+    assert leaf.grad is not None
+    assert leaf.grad.isnan().all()
+    (record,) = caplog.records
+    assert re.match(f"call 1 of this loss is skipped: {said}", record.getMessage())
+    with pytest.raises(InputError, match="target has values from -3e"):
+        loss(degraded, spike.detach())
+    assert loss(degraded, target).isfinite()
 
 
 def test_without_a_scaler_the_weights_are_lost(exported: Exported) -> None:
