@@ -172,8 +172,9 @@ def check_timesteps(timesteps: Tensor, batch: int, count: int, device: torch.dev
     """Check that `timesteps` are integers [B] in [0, count)."""
     if not isinstance(timesteps, Tensor):
         raise InputTypeError(f"timesteps is a {type(timesteps).__name__}; expected an integer torch.Tensor [{batch}]")
-    if timesteps.is_floating_point() or timesteps.is_complex() or timesteps.dtype == torch.bool:
-        raise InputTypeError(f"timesteps has dtype {timesteps.dtype}; expected an integer dtype")
+    # PyTorch computes little in other unsigned dtypes.
+    if timesteps.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        raise InputTypeError(f"timesteps has dtype {timesteps.dtype}; expected an integer dtype, such as torch.int64")
     if list(timesteps.shape) != [batch]:
         raise InputError(f"timesteps has shape {list(timesteps.shape)}; expected [{batch}], one per image")
     if timesteps.device != device:

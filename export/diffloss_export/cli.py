@@ -50,6 +50,21 @@ def _run(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f"diffloss-export: {error}", file=sys.stderr)
         return WRONG_INPUT
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch has a class for this, OutOfMemoryError, on a GPU alone.
+        if "MemoryError" not in type(error).__name__ and "can't allocate memory" not in str(error):
+            raise
+        print(f"diffloss-export: there is not enough memory: {' '.join(str(error).split())}", file=sys.stderr)
+        return WRONG_INPUT
+
+
+class _Version(argparse.Action):
+    """Print the version; looked up when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from diffloss_trt import __version__
+
+        parser.exit(message=f"{parser.prog} {__version__}\n")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,6 +75,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="diffloss-export", description="Diffusion UNets as training losses, on inference engines.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     onnx = commands.add_parser("onnx", help="export a diffusion UNet to a bundle, and check it against eager PyTorch")
@@ -398,7 +414,7 @@ def _explain(args: argparse.Namespace) -> int:
     from diffloss_export.explain import check_output, draw, explain, load_loss, read_images, to_json
     from diffloss_trt.loss import choose_device
 
-    check_output(args.output)
+    check_output(args.output, args.restored, args.target)
     with _stages() as on_stage:
         on_stage("loading")
         loss, tile = load_loss(

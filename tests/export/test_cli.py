@@ -17,6 +17,7 @@ import pytest
 from diffloss_engine.bundle import MANIFEST, Bundle, BundleWriter, file_sha256
 from diffloss_engine.errors import BundleError
 from diffloss_export.cli import main
+from diffloss_trt import __version__
 from diffloss_trt.contract import UNET_WEIGHTS
 from exports import Exported, edit_json, rehash, repoint
 
@@ -362,3 +363,17 @@ def test_notes_are_printed(run: Run, exported: Callable[..., Exported]) -> None:
     assert status == 0
     assert out.count("note: ") == 4
     assert "ONNX Runtime has no bfloat16 kernels for the CPU" in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"diffloss-export {__version__}\n"
+
+
+def test_memory_that_there_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["onnx", "builtin", "-o", str(tmp_path / "bundle"), "--batch-size", "10000000"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffloss-export: ")]
+    assert "there is not enough memory: " in line
+    assert not list(tmp_path.iterdir())
