@@ -64,7 +64,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from diffloss_trt import __version__
 
-        parser.exit(message=f"{parser.prog} {__version__}\n")
+        print(parser.prog, __version__)
+        parser.exit()
 
 
 class _Parser(argparse.ArgumentParser):
