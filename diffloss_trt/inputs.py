@@ -24,11 +24,11 @@ TARGET_REQUIRES_GRAD = "target requires grad; the loss has no gradient for it: p
 
 
 def check_weight(name: str, value: Any) -> float:
-    """Check a weight: a finite number >= 0, NumPy's scalars among them."""
+    """Check a weight: a finite number >= 0 of float32, NumPy's scalars among them."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InputTypeError(f"{name} is a {type(value).__name__}; expected a number")
-    if not math.isfinite(value) or value < 0:
-        raise InputError(f"{name} is {value}; expected a finite number >= 0")
+    if not 0 <= value <= torch.finfo(torch.float32).max:
+        raise InputError(f"{name} is {value}; expected a finite number >= 0 that float32 holds")
     return float(value)
 
 

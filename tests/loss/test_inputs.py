@@ -126,6 +126,7 @@ SETTINGS: list[tuple[type[DiffLossError], dict[str, Any], str]] = [
     (InputError, {"naturalness_weight": -1.0}, r"naturalness_weight is -1\.0; expected a finite number >= 0"),
     (InputError, {"semantic_weight": math.nan}, r"semantic_weight is nan; expected a finite number >= 0"),
     (InputError, {"semantic_weight": math.inf}, r"semantic_weight is inf; expected a finite number >= 0"),
+    (InputError, {"semantic_weight": 1e39}, r"semantic_weight is 1e\+39; expected .* that float32 holds"),
     (InputTypeError, {"naturalness_weight": True}, r"naturalness_weight is a bool; expected a number"),
     (InputTypeError, {"semantic_weight": "1e-6"}, r"semantic_weight is a str; expected a number"),
     (InputTypeError, {"semantic_weight": None}, r"semantic_weight is a NoneType; expected a number"),
