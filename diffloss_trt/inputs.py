@@ -27,9 +27,9 @@ def check_weight(name: str, value: Any) -> float:
     """Check a weight: a finite number >= 0 of float32, NumPy's scalars among them."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InputTypeError(f"{name} is a {type(value).__name__}; expected a number")
-    if not 0 <= value <= torch.finfo(torch.float32).max:
+    if not 0 <= (weight := float(value)) <= torch.finfo(torch.float32).max:
         raise InputError(f"{name} is {value}; expected a finite number >= 0 that float32 holds")
-    return float(value)
+    return weight
 
 
 def check_range(name: str, value: Any) -> tuple[float, float]:
