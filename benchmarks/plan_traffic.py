@@ -16,13 +16,12 @@ from typing import Any, Final
 
 import sections
 import torch
-from configurations import CONFIGURATIONS, make_model
+from bundles import make_bundle
+from configurations import CONFIGURATIONS
 from machine import alone, describe
 
 from diffloss_engine.trt_build import import_flavour
-from diffloss_export.pipeline import check_resolution, write_graphs, write_unet
-from diffloss_trt.contract import PRECISIONS
-from diffloss_trt.unet import TappedUNet
+from diffloss_trt.contract import ENCODER, GRADIENT, NOISE_HEAD, PRECISIONS, SEMANTIC_GRADIENT
 
 _LAYER = re.compile(
     r"Name: (.*), LayerType: (\w+), Inputs: \[(.*?)\](?:, Constants: \[(.*?)\])?, Outputs: \[(.*?)\], TacticName: "
@@ -92,10 +91,8 @@ def measure(file: Path) -> dict[str, Any]:
 
 
 def _write_graphs(configuration: str, precision: str, batch_size: int, folder: Path) -> list[Path]:
-    tapped = TappedUNet((model := make_model(configuration)).unet, model.schedule)
-    tapped.to(PRECISIONS[precision])
-    write_unet(tapped, folder)
-    return [folder / graph.file for graph in write_graphs(tapped, folder, batch_size, check_resolution(tapped, None))]
+    bundle = make_bundle(folder, configuration, precision, batch_size)
+    return [bundle.graph_file(name) for name in (ENCODER, NOISE_HEAD, GRADIENT, SEMANTIC_GRADIENT)]
 
 
 def main() -> None:

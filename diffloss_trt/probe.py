@@ -231,16 +231,13 @@ def check_evaluator(evaluator: Evaluator, bundle: Bundle) -> None:
 
 def held_to(runs: Session | Evaluator | FusedEvaluator, bundle: Bundle) -> str:
     """Return the precision whose tolerances hold."""
-    if runs.device.type == "cuda" and (runs.backend in ("torch", "inductor") or _differentiates(runs)):
+    # A session differentiates nothing; an evaluator that recomputes has PyTorch do it, whatever runs forward.
+    by_pytorch = runs.backend in ("torch", "inductor") or getattr(runs, "backward", None) == "recompute"
+    if by_pytorch and runs.device.type == "cuda":
         # There PyTorch multiplies float32 with the mantissa of fp16 (TF32), unless told not to.
         return "bf16" if bundle.precision == "bf16" else "fp16"
     # On a CPU it widens the weights.
     return "fp32" if runs.backend == "torch" else bundle.precision
-
-
-def _differentiates(runs: Session | Evaluator | FusedEvaluator) -> bool:
-    """Whether the gradient is PyTorch's, whatever runs forward; a session differentiates nothing."""
-    return getattr(runs, "backward", None) == "recompute"
 
 
 def first_beyond(found: Result, expected: Result, allowed: Tolerance) -> Deviation | None:

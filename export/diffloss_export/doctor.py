@@ -15,7 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from diffloss_export.trials import NO_BUNDLE, PRECISIONS
+from diffloss_export.cli import FAILED_CHECK, WRONG_INPUT
+from diffloss_export.trials import PRECISIONS
 
 Report = dict[str, Any]
 
@@ -80,7 +81,7 @@ def examine(bundle: Path | None = None) -> Report:
     if loading is not None:
         result = _result(loading, None)
         if isinstance(result, str):
-            result = {"error": result, "status": 2 if loading.returncode == NO_BUNDLE else 1}
+            result = {"error": result, "status": WRONG_INPUT if loading.returncode == WRONG_INPUT else FAILED_CHECK}
         report["bundle"] = result
     return report | {"advice": advise(report)}
 

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffloss_export.cli import FAILED_CHECK, WRONG_INPUT
+
 PRECISIONS = ("fp32", "fp16", "bf16")
-# Exit statuses of a trial that failed.
-FAILED, NO_BUNDLE = 1, 2
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -178,7 +178,7 @@ def main() -> int:
     except Exception as error:
         print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         # By its name, because where torch is broken the class cannot be imported. A damaged bundle is another error.
-        return NO_BUNDLE if type(error).__name__ == "BundleError" else FAILED
+        return WRONG_INPUT if type(error).__name__ == "BundleError" else FAILED_CHECK
     return 0
 
 
