@@ -30,7 +30,7 @@ CI_MACHINE = {
     "python_version": "3.11",
     "sys_platform": "linux",
 }
-# What provides a module where no installed package says so: on GPUs, and there Triton comes with torch.
+# What provides a module that a machine without a GPU lacks; Triton comes with the torch of GPUs.
 PROVIDERS = {"pycuda": "pycuda", "tensorrt": "tensorrt", "triton": "torch"}
 # Both are the module onnxruntime.
 EITHER = {"onnxruntime-gpu": "onnxruntime"}
@@ -55,8 +55,8 @@ def third_party(sources: Iterable[str]) -> set[str]:
         for node in ast.walk(ast.parse(source)):
             for name in imported(node, "diffloss_engine"):
                 if name not in SOURCES and name not in sys.stdlib_module_names:
-                    distributions = provided.get(name) or [PROVIDERS.get(name, f"nobody knows: {name}")]
-                    found |= {canonicalize_name(distribution) for distribution in distributions}
+                    known = [PROVIDERS[name]] if name in PROVIDERS else provided.get(name)
+                    found |= {canonicalize_name(distribution) for distribution in known or [f"nobody knows: {name}"]}
     return {EITHER.get(name, name) for name in found}
 
 
