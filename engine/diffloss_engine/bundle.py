@@ -160,6 +160,8 @@ class BundleWriter:
             self.destination = Path(destination).resolve()
         except (OSError, RuntimeError) as error:
             raise InputError(f"{destination} cannot be written to: {error}") from error
+        if self.destination.is_symlink():  # from Python 3.13 on a loop is no error
+            raise InputError(f"{destination} cannot be written to: it is in a loop of links")
         self._overwrite = overwrite
         self._folder: Path | None = None
         parent = self.destination.parent
