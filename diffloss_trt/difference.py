@@ -65,6 +65,15 @@ class Tape:
         """Return `tensor` in the precision of convolutions and matrix products."""
         return tensor.to(self.dtype)
 
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` as it is to lie in memory: that of a large image in the network's precision."""
+        return self.narrow(tensor) if tensor.ndim == 4 and math.prod(tensor.shape[2:]) >= _LARGE else tensor
+
+    def sum(self, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
+        if self.keep(a).dtype == self.dtype:
+            return self.keep(torch.add(a, b, alpha=alpha))
+        return torch.add(wide(a), wide(b), alpha=alpha)
+
     def scaled(self, difference: Tensor) -> Tensor:
         """Return the difference itself, in float32 at least."""
         return wide(difference) * per_sample(self.scale, difference)
@@ -78,7 +87,7 @@ class Tape:
         found: dict[Pair, Tensor] = {}
 
         def put(pair: Pair, cotangent: Tensor) -> None:
-            found[pair] = found[pair] + cotangent if pair in found else cotangent
+            found[pair] = self.sum(found[pair], cotangent) if pair in found else self.keep(cotangent)
 
         for pair, cotangent in cotangents:
             put(pair, cotangent)
@@ -121,8 +130,8 @@ def conv2d(
     narrow = wide if weight.shape[1] <= IMAGE_CHANNELS and groups == 1 else tape.narrow
     kernel, offset = narrow(weight), None if bias is None else narrow(bias)
     return tape.record(
-        F.conv2d(narrow(x.value), kernel, offset, stride, padding, groups=groups),
-        F.conv2d(narrow(x.difference), kernel, None, stride, padding, groups=groups),
+        tape.keep(F.conv2d(narrow(x.value), kernel, offset, stride, padding, groups=groups)),
+        tape.keep(F.conv2d(narrow(x.difference), kernel, None, stride, padding, groups=groups)),
         [x],
         back,
     )
@@ -332,13 +341,23 @@ def group_norm(
     def to_channels(y: Tensor) -> Tensor:
         return y.expand(-1, -1, channels // groups).reshape(-1, channels, 1, 1)
 
-    v, d = halves(pixels, 1) if again else halves(*plain)
-    mean_v, mean_d = to_channels(group_mean(v)), to_channels(group_mean(d))
-    c, q = v - mean_v, d - mean_d
-    c_u = c + scale * q
-    r_v = (group_mean(c * c) + eps).rsqrt()
-    r_u = (group_mean(c_u * c_u) + eps).rsqrt()
-    delta = group_mean((c + c_u) * q)
+    if again:
+        v, d = halves(pixels, 1)
+        mean_v, mean_d = group_mean(v), group_mean(d)
+        variance = (group_mean(v * v) - mean_v.square()).clamp(min=0)
+        of_d = (group_mean(d * d) - mean_d.square()).clamp(min=0)
+        delta = 2 * (group_mean(v * d) - mean_v * mean_d) + tape.scale.view(-1, 1, 1) * of_d
+        r_v = (variance + eps).rsqrt()
+        r_u = ((variance + tape.scale.view(-1, 1, 1) * delta).clamp(min=0) + eps).rsqrt()
+        mean_v, mean_d = to_channels(mean_v), to_channels(mean_d)
+    else:
+        v, d = halves(*plain)
+        mean_v, mean_d = to_channels(group_mean(v)), to_channels(group_mean(d))
+        c, q = v - mean_v, d - mean_d
+        c_u = c + scale * q
+        r_v = (group_mean(c * c) + eps).rsqrt()
+        r_u = (group_mean(c_u * c_u) + eps).rsqrt()
+        delta = group_mean((c + c_u) * q)
     k = -delta * (r_v * r_u).square() / (r_v + r_u)
     gain, offset = wide(gain).view(1, -1), wide(offset).view(1, -1)
     if time_scale is not None and time_shift is not None:
@@ -356,22 +375,30 @@ def group_norm(
     if activate:
         y_v, y_d, slope = _silu_of_halves(y_v, y_d, scale)
 
-    def back(g: Tensor) -> Sequence[Tensor]:
-        restored, factor = c_u, slope if activate else None
-        if again:
-            v, d = halves(1, pixels)
-            restored = (v - mean_v) + scale * (d - mean_d)
-            if activate:
-                y = restored * gain_u + offset
-                factor = _silu_slope(y, 1 + torch.tanh(y))
-        g = wide(viewed(g, *restored.shape[2:]))
-        if factor is not None:
-            g = g * factor
-        g = g * gain_u
-        along = to_channels(group_mean(g * restored) * r_u.square())
-        return [viewed(g - to_channels(group_mean(g)) - restored * along, *shape[2:])]
+    def pulled(g: Tensor, *sides: int) -> tuple[Tensor, Tensor]:
+        v, d = halves(*sides)
+        restored = (v - mean_v) + scale * (d - mean_d)
+        g = wide(viewed(g, *sides))
+        if activate:
+            y = restored * gain_u + offset
+            g = g * _silu_slope(y, 1 + torch.tanh(y))
+        return g * gain_u, restored
 
-    return tape.record(viewed(y_v, *shape[2:]), viewed(y_d, *shape[2:]), [x], back)
+    def back(g: Tensor) -> Sequence[Tensor]:
+        if again:
+            sides = 1, pixels
+            of_norm, restored = pulled(g, 1, pixels)
+        else:
+            g = wide(viewed(g, *c_u.shape[2:]))
+            of_norm, restored = (g * slope if activate else g) * gain_u, c_u
+        along = to_channels(group_mean(of_norm * restored) * r_u.square())
+        mean = to_channels(group_mean(of_norm))
+        if again:
+            of_norm, restored = pulled(g, 2, pixels // 2)
+        return [tape.keep(viewed(of_norm - mean - restored * along, *shape[2:]))]
+
+    y_v, y_d = (tape.keep(viewed(half, *shape[2:])) for half in (y_v, y_d))
+    return tape.record(y_v, y_d, [x], back)
 
 
 def silu(tape: Tape, x: Pair) -> Pair:
@@ -405,8 +432,8 @@ def add(tape: Tape, a: Pair | Tensor | float, b: Pair | Tensor | float, *, alpha
         _refuse_growth(b, a.value)
         # Residual connections add up a score of results: in half precision each would round the sum anew.
         return tape.record(
-            torch.add(wide(a.value), wide(b.value), alpha=alpha),
-            torch.add(wide(a.difference), wide(b.difference), alpha=alpha),
+            tape.sum(a.value, b.value, alpha),
+            tape.sum(a.difference, b.difference, alpha),
             [a, b],
             lambda g: [g, g if alpha == 1 else g * alpha],
         )
