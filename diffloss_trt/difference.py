@@ -10,7 +10,7 @@ one power of two `s` for each sample that keeps `d` at order one. No rule here s
 
 Going back, each rule gives the ordinary input gradient of f at `v + s d`: the gradient of the restored branch alone.
 Convolutions and matrix products have the network's own precision, but for the first convolution, of the noisy image;
-that, sums, group norm, silu and softmax work, and return, in float32 at least.
+that, sums, group norm, silu and softmax work in float32 at least, and return it, but for large images (`Tape.keep`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ from diffloss_engine.tensors import IMAGE_CHANNELS
 from diffloss_trt.objective import per_sample, wide
 
 aten = torch.ops.aten
+
+# Pixels from which on an image is large: moving its data takes the time, not computing with it. A UNet's smaller levels
+# have little to move; there float32 costs nothing, and more operations would make for a longer build.
+_LARGE = 64 * 64
 
 # What an operation's input gradient is, from the gradient of its output: one tensor for each of its pairs.
 Pullback = Callable[[Tensor], "Sequence[Tensor]"]
@@ -66,11 +70,15 @@ class Tape:
         return tensor.to(self.dtype)
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Return `tensor` as it is to lie in memory: that of a large image in the network's precision."""
-        return self.narrow(tensor) if tensor.ndim == 4 and math.prod(tensor.shape[2:]) >= _LARGE else tensor
+        """Return a result as it is to lie in memory: a large image in the precision of convolutions."""
+        return self.narrow(tensor) if _is_large(tensor) else tensor
 
-    def sum(self, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
-        if self.keep(a).dtype == self.dtype:
+    def add(self, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
+        """Return `a + alpha * b`, in float32 at least, but for large images.
+
+        Residual connections add up a score of results: in half precision each rounds the sum anew.
+        """
+        if _is_large(a):  # not widened: the sum of two halves is rounded alike, and TensorRT would store it all widened
             return self.keep(torch.add(a, b, alpha=alpha))
         return torch.add(wide(a), wide(b), alpha=alpha)
 
@@ -87,7 +95,7 @@ class Tape:
         found: dict[Pair, Tensor] = {}
 
         def put(pair: Pair, cotangent: Tensor) -> None:
-            found[pair] = self.sum(found[pair], cotangent) if pair in found else self.keep(cotangent)
+            found[pair] = self.add(found[pair], cotangent) if pair in found else self.keep(cotangent)
 
         for pair, cotangent in cotangents:
             put(pair, cotangent)
@@ -96,6 +104,10 @@ class Tape:
                 for input_pair, gradient in zip(inputs, pullback(found.pop(pair)), strict=True):
                     put(input_pair, gradient)
         return found[source]
+
+
+def _is_large(tensor: Tensor) -> bool:
+    return tensor.ndim == 4 and math.prod(tensor.shape[2:]) >= _LARGE
 
 
 def linear_map(tape: Tape, pair: Pair, forward: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Pair:
@@ -292,9 +304,6 @@ def _operands(tape: Tape, pair: Pair, factor: float = 1.0) -> tuple[Tensor, Tens
 
 # Group norm and silu
 
-# Pixels: a UNet's smaller levels have little to move, and more operations make for a longer build.
-_LARGE = 64 * 64
-
 
 def group_norm(
     tape: Tape,
@@ -317,16 +326,17 @@ def group_norm(
     1/2 tanh(s d / 2) (1 - tanh(u / 2) tanh(v / 2)) / s.
 
     Means over a group are means over its channels' means: memory in which the channels come last cannot be viewed by
-    groups. Of a large image in half precision, where moving data is what takes the time, each of three passes
-    (statistics, result, way back) reads the halves anew and computes again what another has computed. A compiler that
-    merges equal operations would keep them in memory instead, in float32, as TensorRT-RTX does; it does not see through
-    the shapes, of which each pass has its own.
+    groups. Of a large image in half precision each of four passes (statistics, result, and both once more on the way
+    back) reads the halves anew and computes again what another has computed. A compiler that merges equal operations
+    would keep them in memory instead, in float32, as TensorRT-RTX does; it does not see through the shapes, of which
+    each pass has its own. There the statistics take one pass, as means of squares less squares of means: what that
+    loses in float32 is less than what the input lost when it was rounded.
     """
     shape = x.value.shape
     batch, channels = shape[:2]
     pixels = math.prod(shape[2:])
     plain = shape[2:] if len(shape) == 4 else (pixels, 1)
-    again = tape.dtype.itemsize < 4 and pixels >= _LARGE
+    again = tape.dtype.itemsize < 4 and pixels >= _LARGE and pixels % 2 == 0
     scale = tape.scale.view(-1, 1, 1, 1)
 
     def viewed(y: Tensor, *sides: int) -> Tensor:
@@ -341,23 +351,20 @@ def group_norm(
     def to_channels(y: Tensor) -> Tensor:
         return y.expand(-1, -1, channels // groups).reshape(-1, channels, 1, 1)
 
+    v, d = halves(pixels, 1) if again else halves(*plain)
+    of_v, of_d = group_mean(v), group_mean(d)
+    mean_v, mean_d = to_channels(of_v), to_channels(of_d)
     if again:
-        v, d = halves(pixels, 1)
-        mean_v, mean_d = group_mean(v), group_mean(d)
-        variance = (group_mean(v * v) - mean_v.square()).clamp(min=0)
-        of_d = (group_mean(d * d) - mean_d.square()).clamp(min=0)
-        delta = 2 * (group_mean(v * d) - mean_v * mean_d) + tape.scale.view(-1, 1, 1) * of_d
-        r_v = (variance + eps).rsqrt()
-        r_u = ((variance + tape.scale.view(-1, 1, 1) * delta).clamp(min=0) + eps).rsqrt()
-        mean_v, mean_d = to_channels(mean_v), to_channels(mean_d)
-    else:
+        variance, variance_d = ((group_mean(y * y) - mean.square()).clamp(min=0) for y, mean in ((v, of_v), (d, of_d)))
+        s = tape.scale.view(-1, 1, 1)
+        delta = 2 * (group_mean(v * d) - of_v * of_d) + s * variance_d
+        variance_u = (variance + s * delta).clamp(min=0)
         v, d = halves(*plain)
-        mean_v, mean_d = to_channels(group_mean(v)), to_channels(group_mean(d))
-        c, q = v - mean_v, d - mean_d
-        c_u = c + scale * q
-        r_v = (group_mean(c * c) + eps).rsqrt()
-        r_u = (group_mean(c_u * c_u) + eps).rsqrt()
-        delta = group_mean((c + c_u) * q)
+    c, q = v - mean_v, d - mean_d
+    c_u = c + scale * q
+    if not again:
+        variance, variance_u, delta = group_mean(c * c), group_mean(c_u * c_u), group_mean((c + c_u) * q)
+    r_v, r_u = (variance + eps).rsqrt(), (variance_u + eps).rsqrt()
     k = -delta * (r_v * r_u).square() / (r_v + r_u)
     gain, offset = wide(gain).view(1, -1), wide(offset).view(1, -1)
     if time_scale is not None and time_shift is not None:
@@ -367,35 +374,34 @@ def group_norm(
         gain, offset = gain * 0.5, offset * 0.5
     gain, offset = gain.reshape(-1, groups, channels // groups), offset.reshape(-1, channels, 1, 1)
     gain_v, gain_u, gain_k = ((factor * gain).reshape(-1, channels, 1, 1) for factor in (r_v, r_u, k))
-    if again:
-        v, d = halves(*plain)
-        c, q = v - mean_v, d - mean_d
     y_v = c * gain_v + offset
     y_d = q * gain_u + c * gain_k
+    slope = None
     if activate:
         y_v, y_d, slope = _silu_of_halves(y_v, y_d, scale)
 
-    def pulled(g: Tensor, *sides: int) -> tuple[Tensor, Tensor]:
+    def restored(*sides: int) -> tuple[Tensor, Tensor | None]:
+        """Return `c_u` and `slope`, computed again where that is what takes less time."""
+        if not again:
+            return c_u, slope
         v, d = halves(*sides)
-        restored = (v - mean_v) + scale * (d - mean_d)
-        g = wide(viewed(g, *sides))
-        if activate:
-            y = restored * gain_u + offset
-            g = g * _silu_slope(y, 1 + torch.tanh(y))
-        return g * gain_u, restored
+        centred = (v - mean_v) + scale * (d - mean_d)
+        y = centred * gain_u + offset
+        return centred, _silu_slope(y, 1 + torch.tanh(y)) if activate else None
 
     def back(g: Tensor) -> Sequence[Tensor]:
+        def of_norm(centred: Tensor, slope: Tensor | None) -> Tensor:
+            of_result = wide(viewed(g, *centred.shape[2:]))
+            return (of_result if slope is None else of_result * slope) * gain_u
+
+        centred, slope = restored(1, pixels)
+        gradient = of_norm(centred, slope)
+        along = to_channels(group_mean(gradient * centred) * r_u.square())
+        mean = to_channels(group_mean(gradient))
         if again:
-            sides = 1, pixels
-            of_norm, restored = pulled(g, 1, pixels)
-        else:
-            g = wide(viewed(g, *c_u.shape[2:]))
-            of_norm, restored = (g * slope if activate else g) * gain_u, c_u
-        along = to_channels(group_mean(of_norm * restored) * r_u.square())
-        mean = to_channels(group_mean(of_norm))
-        if again:
-            of_norm, restored = pulled(g, 2, pixels // 2)
-        return [tape.keep(viewed(of_norm - mean - restored * along, *shape[2:]))]
+            centred, slope = restored(2, pixels // 2)
+            gradient = of_norm(centred, slope)
+        return [tape.keep(viewed(gradient - mean - centred * along, *shape[2:]))]
 
     y_v, y_d = (tape.keep(viewed(half, *shape[2:])) for half in (y_v, y_d))
     return tape.record(y_v, y_d, [x], back)
@@ -430,10 +436,9 @@ def add(tape: Tape, a: Pair | Tensor | float, b: Pair | Tensor | float, *, alpha
     if isinstance(a, Pair) and isinstance(b, Pair):
         _refuse_growth(a, b.value)
         _refuse_growth(b, a.value)
-        # Residual connections add up a score of results: in half precision each would round the sum anew.
         return tape.record(
-            tape.sum(a.value, b.value, alpha),
-            tape.sum(a.difference, b.difference, alpha),
+            tape.add(a.value, b.value, alpha),
+            tape.add(a.difference, b.difference, alpha),
             [a, b],
             lambda g: [g, g if alpha == 1 else g * alpha],
         )
