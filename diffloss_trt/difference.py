@@ -336,6 +336,7 @@ def group_norm(
     batch, channels = shape[:2]
     pixels = math.prod(shape[2:])
     plain = shape[2:] if len(shape) == 4 else (pixels, 1)
+    # An odd number of pixels has no shape that the last of the passes could take for its own.
     again = tape.dtype.itemsize < 4 and pixels >= _LARGE and pixels % 2 == 0
     scale = tape.scale.view(-1, 1, 1, 1)
 
