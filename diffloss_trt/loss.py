@@ -80,6 +80,8 @@ class DiffLoss(nn.Module):
     generators, from which they are then drawn, are the trainer's to save.
     """
 
+    draws: Draws | None
+
     def __init__(
         self,
         evaluator: Evaluator | FusedEvaluator,
@@ -103,8 +105,7 @@ class DiffLoss(nn.Module):
         self.semantic_weight = semantic_weight
         self.reduction = reduction
         self.value_range = check_range("value_range", value_range)
-        seed = SETTINGS["seed"]("seed", seed)
-        self.draws = None if seed is None else Draws(seed)
+        self.seed = seed
         self.nonfinite = nonfinite
         self.check_every = check_every
         self.calls = 0
@@ -304,6 +305,15 @@ class DiffLoss(nn.Module):
         return terms if gradient is None else attach(terms, call.images[0], gradient)
 
     @property
+    def seed(self) -> int | None:
+        """That of the random draws. When it is assigned, they begin anew."""
+        return None if self.draws is None else self.draws.seed
+
+    @seed.setter
+    def seed(self, seed: int | None) -> None:
+        self.draws = None if seed is None else Draws(seed)
+
+    @property
     def weights(self) -> tuple[float, float]:
         """Those of naturalness and semantic."""
         return self.naturalness_weight, self.semantic_weight
@@ -428,7 +438,7 @@ class DiffLoss(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        seeded = "" if self.draws is None else f", seed={self.draws.seed}"
+        seeded = "" if self.seed is None else f", seed={self.seed}"
         return (
             f"naturalness_weight={self.naturalness_weight:g}, semantic_weight={self.semantic_weight:g}, "
             f"backend={self.evaluator.backend}, backward={self.evaluator.backward}, device={self.device}, "

@@ -109,6 +109,25 @@ def make_loss(scheduler: Any) -> Callable[[int | None], DiffLoss]:
     return lambda seed: DiffLoss.from_unet(unet, scheduler, seed=seed, reduction="none")
 
 
+def test_an_assigned_seed_is_that_of_a_new_loss(make_loss: Callable[[int | None], DiffLoss]) -> None:
+    assigned = make_loss(None)
+    assert assigned.seed is None
+    assigned.seed = 5
+    images = torch.rand(2, 1, 3, 16, 16)
+    terms = assigned.terms(*images)
+    assert list(assigned.state_dict()) == [STATE]
+    loaded = make_loss(5)
+    assert all(torch.equal(*both) for both in zip(terms, loaded.terms(*images), strict=True))
+    assert not torch.equal(assigned.terms(*images).total, terms.total)
+    assigned.seed = 5
+    assert torch.equal(assigned.terms(*images).total, terms.total)
+    assigned.seed = None
+    assert assigned.draws is None
+    assert not assigned.state_dict()
+    with pytest.raises(InputError, match="seed"):
+        assigned.seed = -1
+
+
 def saved(state: dict[str, Any]) -> dict[str, Any]:
     """Write and read a state dict as trainers do that trust no pickles."""
     file = io.BytesIO()
