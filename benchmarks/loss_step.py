@@ -37,7 +37,7 @@ from diffloss_trt.probe import worst_ratio
 DISTANCES: Final = (20, 30, 40)  # dB
 TIMED_AT: Final = 30
 _PLACES: Final = 4  # timesteps at which errors are taken
-PRECISIONS: Final = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "fp16", "bf16")}
+PRECISIONS: Final = {"cpu": ("fp32", "bf16"), "cuda": ("fp16", "bf16", "fp32")}
 ROUNDS: Final = {"cpu": 9, "cuda": 10}
 
 
@@ -125,10 +125,14 @@ def measure(setting: Setting, precisions: Sequence[str], rounds: int) -> list[Ro
             if file.exists():
                 rows.append(json.loads(file.read_text()))
                 continue
+            # What is cut off, by a limit on the command's time for one, is not to stand in the way of the others again.
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps(_blank(setting, way) | {"not_run": "The command ended while it was measured."}))
             (row,) = _measure_in_turn(setting, [way], expected, rounds)
             rows.append(row)
-            if "not_run" not in row:
-                file.parent.mkdir(exist_ok=True)
+            if "not_run" in row:
+                file.unlink()
+            else:
                 file.write_text(json.dumps(row))
             gc.collect()
             torch.compiler.reset()
@@ -144,8 +148,7 @@ def _measure_in_turn(
     products: dict[str, int] = {}
     for way in every:
         print(f"batch {setting.batch_size}: building {way.name} ...", flush=True)
-        row = {"way": way.way, "precision": way.precision, "terms": way.terms, "batch_size": setting.batch_size}
-        rows[way.name] = row
+        row = rows[way.name] = _blank(setting, way)
         try:
             step, row["peak_memory_bytes"] = build(functools.partial(_make, setting, way), setting.device)
             row["gradient_error"] = _errors(setting, step, expected[way.terms])
@@ -163,6 +166,10 @@ def _measure_in_turn(
             row["images_per_s"] = float(f"{setting.batch_size / timings[way.name].median:.4g}")
             row["ceiling_flops_per_s"] = float(f"{products[way.product] / timings[way.product].median:.4g}")
     return list(rows.values())
+
+
+def _blank(setting: Setting, way: Way) -> Row:
+    return {"way": way.way, "precision": way.precision, "terms": way.terms, "batch_size": setting.batch_size}
 
 
 def _add_ratios(rows: Sequence[Row]) -> None:

@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import BackendUnavailableError
+from diffloss_engine.errors import BackendError, BackendUnavailableError
 from diffloss_engine.ort_session import OrtSession
 from diffloss_export.pipeline import export_bundle
 from diffloss_trt.contract import GRADIENT
@@ -65,9 +65,9 @@ def _run_candidate(path: Path, name: str, rounds: int) -> dict[str, Any]:
             device=device,
             provider_options=CANDIDATES[name],
         )
-    except BackendUnavailableError as error:
+        session(inputs)
+    except (BackendError, BackendUnavailableError) as error:
         return {"name": name, "refused": str(error)}
-    session(inputs)
     torch.cuda.synchronize()
     loading = time.perf_counter() - started
     times = []
@@ -97,7 +97,9 @@ def _run_candidate(path: Path, name: str, rounds: int) -> dict[str, Any]:
 
 def _measure(path: Path, name: str, rounds: int) -> dict[str, Any]:
     command = [sys.executable, __file__, str(path), "--candidate", name, "--rounds", str(rounds)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:  # what the others gave is not to be lost
+        return {"name": name, "refused": f"its process ended with {done.returncode}"}
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
 

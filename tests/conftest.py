@@ -10,6 +10,9 @@ import pytest
 import torch
 from filelock import FileLock
 
+from diffloss_engine.errors import BackendUnavailableError
+from diffloss_engine.trt_build import FLAVOURS, import_flavour
+
 # No test may depend on a network: huggingface_hub reads this when it is first imported, and then refuses at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Nor may one report anything: ONNX Runtime reads this when it is first imported, which some tests do themselves.
@@ -45,6 +48,21 @@ def seed() -> int:
     value = 20240629
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(params=FLAVOURS)
+def flavour(request: pytest.FixtureRequest) -> str:
+    """Each flavour of TensorRT that is installed, and that knows the GPU, if there is one."""
+    name = str(request.param)
+    try:
+        trt = import_flavour(name)
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+    if name == "tensorrt-rtx" and torch.cuda.is_available():
+        capability = "SM{}{}".format(*torch.cuda.get_device_capability())
+        if capability not in trt.ComputeCapability.__members__:
+            pytest.skip(f"{name} builds no plans for {capability}")
+    return name
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,11 @@ def settings_for_export() -> Iterator[None]:
         yield
 
 
+def fp32_settings(library: str) -> dict[str, str]:
+    """Return how a library ("cuda" or "mkldnn") multiplies float32 now, by operation."""
+    return {operation: _read((of, operation)) for of, operation in _SETTINGS if of == library}
+
+
 def _read(setting: tuple[str, str]) -> str:
     found: str = _C._get_fp32_precision_getter(*setting)
     return found

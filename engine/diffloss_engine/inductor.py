@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffloss_engine.errors import BackendUnavailableError
 from diffloss_engine.exclusive import exclusive
-from diffloss_engine.fp32_precision import settings_for_export
+from diffloss_engine.fp32_precision import fp32_settings, settings_for_export
 from diffloss_engine.hashed_files import file_sha256
 from diffloss_engine.plan_cache import PlanCache, gpu_identity
 from diffloss_engine.progress import long_wait
@@ -170,8 +170,8 @@ def package_key(
         "cpu": {"name": name, "features": sorted(key for key, value in capabilities.items() if value is True)},
         "precision": precision,
         "inputs": [spec.to_json() for spec in inputs],
-        # Some of a GPU's kernels are compiled with it; the others look at it when they run.
-        "options": {"fp32": torch.backends.cudnn.conv.fp32_precision} if device.type == "cuda" else {},  # type: ignore[attr-defined]
+        # Some of a GPU's kernels are compiled with them; the others look at them when they run.
+        "options": {"fp32": fp32_settings("cuda")} if device.type == "cuda" else {},
     }
 
 

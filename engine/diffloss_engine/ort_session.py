@@ -118,7 +118,7 @@ class OrtSession:
         if provider != _TENSORRT:
             return [(provider, {**cuda, **more})]
         # Engines are code. What is read back from a folder would be run without the checks of `PlanCache`.
-        tensorrt = {**place, "trt_engine_cache_enable": "0", "trt_timing_cache_enable": "0"}
+        tensorrt = {**place, "trt_engine_cache_enable": "False", "trt_timing_cache_enable": "False"}
         return [(provider, {**tensorrt, **more}), (_CUDA, cuda)]
 
     def _run_on_stream(

@@ -111,7 +111,10 @@ def recording_logger(trt: ModuleType) -> Any:
 
 def make_runtime(trt: ModuleType, logger: Any) -> Any:
     """Return TensorRT's runtime. Raises BackendUnavailableError if the GPU's driver is missing or too old for it."""
-    return _working(trt, trt.Runtime(logger), logger)
+    runtime = _working(trt, trt.Runtime(logger), logger)
+    # A plan that runs in later versions brings a runtime of its own. That is code, but so is every plan.
+    runtime.engine_host_code_allowed = True
+    return runtime
 
 
 def _working(trt: ModuleType, made: Any, logger: Any) -> Any:
@@ -218,6 +221,9 @@ def _configure(trt: ModuleType, flavour: str, config: Any, options: BuildOptions
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.compute_capabilities:
         _set_compute_capabilities(trt, flavour, config, options.compute_capabilities)
+    # TensorRT-RTX's plans may otherwise allocate memory when they run, which a CUDA graph cannot capture.
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     # TF32 has fp16's mantissa, in a graph that asks for fp32.
     config.clear_flag(trt.BuilderFlag.TF32)
     # For the layers' names and types in profiles and in the check of an engine.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffloss_engine import trt_build
 from diffloss_engine.errors import BackendError, BackendUnavailableError
+from diffloss_engine.hashed_files import file_sha256
 from diffloss_engine.plan_cache import Key, Plan, PlanCache, gpu_identity
 from diffloss_engine.progress import long_wait
 from diffloss_engine.tensors import TensorSpec, addressable, check_tensors, concrete_device
@@ -198,6 +201,7 @@ def plan_key(
         "graph": digest,
         "flavour": flavour,
         "version": trt.__version__,
+        "builder": file_sha256(Path(trt_build.__file__)),
         "gpu": gpu,
         "precision": precision,
         "inputs": [spec.to_json() for spec in inputs],
@@ -206,19 +210,33 @@ def plan_key(
 
 
 def kept_or_built(cache: PlanCache, key: Key, build: Callable[[], Plan]) -> tuple[Key, Plan]:
-    """Return the plan that is used for `key`, and its own key: the latest that is kept, whatever its options.
+    """Return the plan that is used for `key`, and its own key: the latest that serves, whatever its options.
 
     If there is none, or it is damaged, the plan of `key` itself, which `build` makes if it has to be made.
     """
     # One that was built with other options was built on purpose.
-    latest = next((kept for kept in cache.list_keys() if _without_options(kept) == _without_options(key)), None)
+    latest = next((kept for kept in cache.list_keys() if _serves(kept, key)), None)
     if latest is not None and (plan := cache.find(latest)) is not None:
         return latest, plan
     return key, cache.get(key, build)
 
 
-def _without_options(key: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in key.items() if name != "options"}
+def _serves(kept: Key, wanted: Key) -> bool:
+    """Whether a plan can be tried where another one is wanted: options aside, and what its own make it portable to."""
+    options, free = kept.get("options", {}), {"options"}
+    if options.get("version_compatible"):
+        (major, *rest), (wanted_major, *wanted_rest) = (_numbers(key["version"]) for key in (kept, wanted))
+        if major == wanted_major and rest <= wanted_rest:
+            free.add("version")
+    if options.get("hardware_compatibility"):
+        here, there = (_numbers(key["gpu"]["compute_capability"]) for key in (wanted, kept))
+        if here == there or (options["hardware_compatibility"] == "ampere-plus" and here >= [8, 0]):
+            free.add("gpu")
+    return all(kept.get(name) == wanted.get(name) for name in (kept.keys() | wanted.keys()) - free)
+
+
+def _numbers(dotted: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", dotted)]
 
 
 def _compare(trt: ModuleType, engine: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:

@@ -6,6 +6,7 @@ of nodes takes seconds; it refers to its weights by name; and each operation tak
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -53,19 +54,14 @@ class Emitter:
             name=name, type=ir.TensorType(ir.DataType(_ONNX_DTYPES[tensor.dtype])), shape=ir.Shape(list(tensor.shape))
         )
 
-    def op(
-        self, kind: str, inputs: Sequence[ir.Value | None], like: Tensor | Sequence[Tensor], **attributes: Any
-    ) -> Any:
-        """Append a node; return its output, or its outputs if `like` has several."""
+    def op(self, kind: str, inputs: Sequence[ir.Value | None], like: Tensor, **attributes: Any) -> ir.Value:
+        """Append a node, and return its output."""
         import onnx_ir as ir
 
-        likes = [like] if isinstance(like, Tensor) else like
-        outputs = []
-        for tensor in likes:
-            self._count += 1
-            outputs.append(self.value(f"{self.name}.{self._count}", tensor))
-        self.nodes.append(ir.node(kind, inputs, attributes, outputs=outputs))
-        return outputs[0] if isinstance(like, Tensor) else outputs
+        self._count += 1
+        output = self.value(f"{self.name}.{self._count}", like)
+        self.nodes.append(ir.node(kind, inputs, attributes, outputs=[output]))
+        return output
 
     def constant(self, tensor: Tensor, name: str | None = None) -> ir.Value:
         """Return an initializer with the values of `tensor`; equal small ones are made once."""
@@ -91,15 +87,14 @@ class Emitter:
         wanted = _ONNX_DTYPES[dtype]
         if value.dtype == wanted:
             return value
-        result: ir.Value = self.op("Cast", [value], _looks(value, dtype), to=wanted)
-        return result
+        return self.op("Cast", [value], _looks(value, dtype), to=wanted)
 
     def reshape(self, value: ir.Value, like: Tensor) -> ir.Value:
         """Return `value` in the shape of `like`; of reshapes in a row only the last is made."""
         source = self._unshaped.get(value, value)
         if list(source.shape or ()) == list(like.shape):
             return source
-        result: ir.Value = self.op("Reshape", [source, self.integers(like.shape)], like)
+        result = self.op("Reshape", [source, self.integers(like.shape)], like)
         self._unshaped[result] = source
         return result
 
@@ -325,7 +320,9 @@ def _stack(emit: Emitter, like: Tensor, parts: Sequence[Any], dim: int = 0) -> A
 
 @_rule(aten.split_with_sizes.default, aten.split.Tensor)
 def _split(emit: Emitter, like: Sequence[Tensor], x: Any, _: Any, dim: int = 0) -> Any:
-    return emit.op("Split", [x, emit.integers([part.shape[dim] for part in like])], like, axis=dim)
+    # Not as Split: for parts of different sizes ONNX Runtime's CUDA provider then keeps host memory at each call.
+    ends = list(itertools.accumulate(part.shape[dim] for part in like))
+    return [_slice(emit, part, x, dim, end - part.shape[dim], end) for part, end in zip(like, ends, strict=True)]
 
 
 @_rule(operator.getitem)
@@ -434,15 +431,16 @@ def _avg_pool(emit: Emitter, like: Tensor, x: Any, kernel: Sequence[int], stride
 
 @_rule(aten.upsample_nearest2d.default, aten.upsample_nearest2d.vec)
 def _upsample(emit: Emitter, like: Tensor, x: Any, *_: Any) -> Any:
-    scales = [out / int(side) for out, side in zip(like.shape, x.shape, strict=True)]
-    return emit.op(
-        "Resize",
-        [x, None, emit.constant(torch.tensor(scales))],
-        like,
-        mode="nearest",
-        coordinate_transformation_mode="asymmetric",
-        nearest_mode="floor",
-    )
+    batch, channels, height, width = x.shape.numpy()
+    factors = like.shape[2] // height, like.shape[3] // width
+
+    def shaped(rows: int, columns: int) -> Tensor:
+        return torch.empty((batch, channels, height, rows, width, columns), dtype=like.dtype, device="meta")
+
+    # Not as Resize, which ONNX Runtime does not know in bfloat16.
+    enlarged = shaped(*factors)
+    apart = emit.reshape(x, shaped(1, 1))
+    return emit.reshape(emit.op("Expand", [apart, emit.integers(enlarged.shape)], enlarged), like)
 
 
 @_rule(aten.bmm.default)
@@ -463,38 +461,6 @@ def _addmm(emit: Emitter, like: Tensor, bias: Any, a: Any, b: Any) -> Any:
         # The transposition of a weight: the node itself is removed with everything else that nobody reads.
         inputs[1], attributes["transB"] = producer.inputs[0], 1
     return emit.op("Gemm", inputs if bias is None else [*inputs, bias], like, **attributes)
-
-
-@_rule(aten.native_group_norm.default)
-def _group_norm(
-    emit: Emitter,
-    like: Sequence[Tensor],
-    x: Any,
-    weight: Any,
-    bias: Any,
-    batch: int,
-    channels: int,
-    pixels: int,
-    groups: int,
-    eps: float,
-) -> Any:
-    """In float32 at least, as an instance norm of the groups: of all forms, runtimes fuse this one best."""
-    out = like[0]
-    dtype = torch.promote_types(out.dtype, torch.float32)
-
-    def shaped(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    grouped = emit.reshape(emit.cast(x, dtype), shaped(batch, groups, channels // groups * pixels))
-    ones, zeros = (emit.constant(torch.full((groups,), number, dtype=dtype)) for number in (1.0, 0.0))
-    normal = emit.op(
-        "InstanceNormalization", [grouped, ones, zeros], shaped(batch, groups, channels // groups * pixels), epsilon=eps
-    )
-    normal = emit.reshape(normal, shaped(batch, channels, pixels))
-    gain, offset = (emit.reshape(emit.cast(part, dtype), shaped(1, channels, 1)) for part in (weight, bias))
-    product = emit.op("Mul", [normal, gain], shaped(batch, channels, pixels))
-    total = emit.op("Add", [product, offset], shaped(batch, channels, pixels))
-    return [emit.cast(emit.reshape(total, shaped(*out.shape)), out.dtype)]
 
 
 def to_onnx(program: TracedProgram, weights: Mapping[str, ir.Value]) -> ir.Model:

@@ -18,7 +18,7 @@ from diffloss_trt.objective import wide
 from diffloss_trt.traced import Tensors, TracedProgram
 from diffloss_trt.unet import Encoded, TappedUNet
 
-_SDPA = torch.ops.aten.scaled_dot_product_attention.default
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def trace(program: Program) -> TracedProgram:
     state = {key.removeprefix("tapped.unet."): weight for key, weight in program.module.named_parameters()}
 
     def execute(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _attention(*args, **kwargs) if target is _SDPA else target(*args, **kwargs)
+        return _WRITTEN_OUT.get(target, target)(*args, **kwargs)
 
     def run(inputs: Tensors, weights: Tensors, constants: Tensors) -> tuple[Tensor, ...]:
         return captured.run(tuple(inputs.values()), weights, constants, execute)
@@ -76,6 +76,32 @@ def _attention(
         raise ModelError("attention with a mask, dropout or grouped queries cannot be exported")
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     return wide((query * factor) @ key.mT).softmax(-1).to(value.dtype) @ value
+
+
+def _group_norm(x: Tensor, groups: int, gain: Tensor, offset: Tensor, eps: float, *_: Any) -> Tensor:
+    """`F.group_norm` in float32 at least, with means as in `difference.group_norm`.
+
+    ONNX's own norms are not for everything: ONNX Runtime's CUDA provider leaves opset 22's instance norm to the CPU.
+    """
+    batch, channels = x.shape[:2]
+    rows = wide(x).reshape(batch, channels, -1)
+
+    def group_mean(y: Tensor) -> Tensor:
+        return y.mean(2).reshape(batch, groups, -1).mean(2, keepdim=True)
+
+    def to_channels(y: Tensor) -> Tensor:
+        return y.expand(-1, -1, channels // groups).reshape(batch, channels, 1)
+
+    centred = rows - to_channels(group_mean(rows))
+    scale = to_channels((group_mean(centred * centred) + eps).rsqrt()) * wide(gain).view(-1, 1)
+    return (centred * scale + wide(offset).view(-1, 1)).reshape(x.shape).to(x.dtype)
+
+
+# What of an operation becomes a graph, where that is not what PyTorch makes of it.
+_WRITTEN_OUT: dict[Any, Callable[..., Tensor]] = {
+    aten.group_norm.default: _group_norm,
+    aten.scaled_dot_product_attention.default: _attention,
+}
 
 
 def encoder_outputs(encoded: Encoded) -> dict[str, Tensor]:

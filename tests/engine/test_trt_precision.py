@@ -17,7 +17,7 @@ from plan_traffic import kernels
 
 from diffloss_engine import BackendError, Graph
 from diffloss_engine.tensors import TensorSpec
-from diffloss_engine.trt_build import FLAVOURS, build_plan
+from diffloss_engine.trt_build import build_plan
 from diffloss_engine.trt_precision import check_engine
 from diffloss_engine.trt_session import TrtSession
 
@@ -161,11 +161,9 @@ def test_what_is_not_told_is_not_judged(unknown: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("flavour", FLAVOURS)
 def test_the_inspector_tells(
     flavour: str, tmp_path: Path, save_graph: SaveGraph, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip(flavour.replace("-", "_"))
     graph = products(tmp_path, save_graph, FP16, FP16, FP32)
     plan = build_plan(tmp_path / graph.file, flavour=flavour, precision="fp16")
     open_session = functools.partial(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from diffloss_engine import DTYPES, BackendError, BackendUnavailableError, Graph
 from diffloss_engine.plan_cache import PlanCache
 from diffloss_engine.tensors import concrete_device
-from diffloss_engine.trt_build import FLAVOURS, build_plan, import_flavour
+from diffloss_engine.trt_build import build_plan
 from diffloss_engine.trt_session import TrtSession, kept_or_built
 
 SaveConv = Callable[[Path, str], Graph]
@@ -57,12 +58,44 @@ def test_a_plan_of_other_options_is_used_and_never_rebuilt_without_them(tmp_path
     assert cache.list_keys() == [key]
 
 
+AMPERE = {"name": "A100", "compute_capability": "8.0"}
+ADA = {"name": "L40", "compute_capability": "8.9"}
+TURING = {"name": "T4", "compute_capability": "7.5"}
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "serves"),
+    [
+        ({}, {"version": "11.5.0"}, False),
+        ({}, {"gpu": ADA}, False),
+        ({"version_compatible": True}, {"version": "11.5.0"}, True),
+        ({"version_compatible": True}, {"version": "11.3.9"}, False),
+        ({"version_compatible": True}, {"version": "12.0.0"}, False),
+        ({"version_compatible": True}, {"gpu": ADA}, False),
+        ({"version_compatible": True}, {"version": "11.5.0", "precision": "bf16"}, False),
+        ({"hardware_compatibility": "ampere-plus"}, {"gpu": ADA}, True),
+        ({"hardware_compatibility": "ampere-plus"}, {"gpu": TURING}, False),
+        ({"hardware_compatibility": "ampere-plus"}, {"version": "11.5.0"}, False),
+        ({"hardware_compatibility": "same-compute-capability"}, {"gpu": AMPERE | {"name": "A30"}}, True),
+        ({"hardware_compatibility": "same-compute-capability"}, {"gpu": ADA}, False),
+    ],
+)
+def test_a_plan_serves_where_it_was_built_to(
+    options: dict[str, Any], changes: dict[str, Any], serves: bool, tmp_path: Path
+) -> None:
+    cache = PlanCache(tmp_path / "plans")
+    key = {"graph": "a" * 64, "version": "11.4.1.7", "gpu": AMPERE, "precision": "fp16", "options": options}
+    cache.get(key, lambda: b"portable")
+    wanted = key | {"options": {}} | changes
+    assert kept_or_built(cache, wanted, lambda: b"own") == ((key, b"portable") if serves else (wanted, b"own"))
+
+
 @pytest.mark.parametrize("module", ["tensorrt_lean_bindings", "tensorrt_rtx"])
 def test_every_call_that_runs_a_plan_is_there(module: str) -> None:
     """A method that a version has lost would be found on a GPU only."""
     trt = pytest.importorskip(module)
     for owner, names in (
-        (trt.Runtime, ["deserialize_cuda_engine"]),
+        (trt.Runtime, ["deserialize_cuda_engine", "engine_host_code_allowed"]),
         (
             trt.ICudaEngine,
             [
@@ -98,17 +131,6 @@ def test_version_of_the_lean_runtime_is_one_that_is_taken() -> None:
     trt = pytest.importorskip("tensorrt_lean_bindings")
     major, minor = (int(part) for part in trt.__version__.split(".")[:2])
     assert (10, 12) <= (major, minor) < (12, 0)
-
-
-@pytest.fixture(params=FLAVOURS)
-def flavour(request: pytest.FixtureRequest) -> str:
-    """Each flavour that is installed."""
-    name = str(request.param)
-    try:
-        import_flavour(name)
-    except BackendUnavailableError as error:
-        pytest.skip(str(error))
-    return name
 
 
 def open_conv(folder: Path, graph: Graph, flavour: str, precision: str) -> TrtSession:

@@ -59,7 +59,6 @@ CASES: dict[str, Function] = {
     "linear": lambda x, y: (
         F.linear(x, y.view(24, 6)[:3], y.flatten()[:3]) + F.linear(x.flatten(0, 2), y.view(24, 6)[3:6]).view(2, 4, 3, 3)
     ),
-    "group norm": lambda x, y: F.group_norm(x, 2, y.flatten()[:4], y.flatten()[4:8], 1e-3),
 }
 
 

@@ -212,6 +212,7 @@ def test_side_streams(backend: str, precision: str, loss_of: Callable[..., DiffL
     found: list[tuple[Tensor, Tensor]] = []
     streams = [torch.cuda.Stream() for _ in range(2)]
     busy = torch.ones(4096, 4096, device=CUDA)
+    torch.cuda.synchronize()  # the streams wait for nothing that was made before
     for stream in streams:
         with torch.cuda.stream(stream):
             delay = (busy @ busy)[0, 0] * 0
