@@ -142,8 +142,8 @@ def conv2d(
     narrow = wide if weight.shape[1] <= IMAGE_CHANNELS and groups == 1 else tape.narrow
     kernel, offset = narrow(weight), None if bias is None else narrow(bias)
     return tape.record(
-        tape.keep(F.conv2d(narrow(x.value), kernel, offset, stride, padding, groups=groups)),
-        tape.keep(F.conv2d(narrow(x.difference), kernel, None, stride, padding, groups=groups)),
+        F.conv2d(narrow(x.value), kernel, offset, stride, padding, groups=groups),
+        F.conv2d(narrow(x.difference), kernel, None, stride, padding, groups=groups),
         [x],
         back,
     )
@@ -352,15 +352,28 @@ def group_norm(
     def to_channels(y: Tensor) -> Tensor:
         return y.expand(-1, -1, channels // groups).reshape(-1, channels, 1, 1)
 
+    def any_of_group(y: Tensor) -> Tensor:
+        # From the middle of the image: near its edge a convolution's padding shows.
+        rows, columns = plain
+        middle = rows // 2 * columns + columns // 2
+        return y[:, :: channels // groups, middle : middle + 1].reshape(batch, groups, 1)
+
     v, d = halves(pixels, 1) if again else halves(*plain)
-    of_v, of_d = group_mean(v), group_mean(d)
-    mean_v, mean_d = to_channels(of_v), to_channels(of_d)
     if again:
-        variance, variance_d = ((group_mean(y * y) - mean.square()).clamp(min=0) for y, mean in ((v, of_v), (d, of_d)))
+        of_v, of_d = any_of_group(v), any_of_group(d)
+        v, d = v - to_channels(of_v), d - to_channels(of_d)
+        rest_v, rest_d = group_mean(v), group_mean(d)
+        variance, variance_d = (
+            (group_mean(y * y) - rest.square()).clamp(min=0) for y, rest in ((v, rest_v), (d, rest_d))
+        )
         s = tape.scale.view(-1, 1, 1)
-        delta = 2 * (group_mean(v * d) - of_v * of_d) + s * variance_d
+        delta = 2 * (group_mean(v * d) - rest_v * rest_d) + s * variance_d
         variance_u = (variance + s * delta).clamp(min=0)
+        of_v, of_d = of_v + rest_v, of_d + rest_d
         v, d = halves(*plain)
+    else:
+        of_v, of_d = group_mean(v), group_mean(d)
+    mean_v, mean_d = to_channels(of_v), to_channels(of_d)
     c, q = v - mean_v, d - mean_d
     c_u = c + scale * q
     if not again:
@@ -448,6 +461,7 @@ def add(tape: Tape, a: Pair | Tensor | float, b: Pair | Tensor | float, *, alpha
     assert isinstance(a, Pair)
     assert not isinstance(b, Pair)
     _refuse_growth(a, b)
+    # The sum with a time embedding, in float32 for large images too: rounded, it doubles the error of the terms.
     return tape.record(torch.add(a.value, b, alpha=alpha), a.difference, [a], lambda g: [g])
 
 
@@ -492,8 +506,8 @@ def divide(tape: Tape, a: Pair | Tensor | float, b: Pair | Tensor | float) -> Pa
 def cat(tape: Tape, pairs: Sequence[Pair], dim: int = 0) -> Pair:
     """`torch.cat`."""
     return tape.record(
-        torch.cat([pair.value for pair in pairs], dim),
-        torch.cat([pair.difference for pair in pairs], dim),
+        torch.cat([tape.keep(pair.value) for pair in pairs], dim),
+        torch.cat([tape.keep(pair.difference) for pair in pairs], dim),
         pairs,
         lambda g: g.split([pair.value.shape[dim] for pair in pairs], dim),
     )

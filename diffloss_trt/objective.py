@@ -17,11 +17,12 @@ class Terms(NamedTuple):
 
 
 def mean_square(difference: Tensor) -> Tensor:
-    """Return the mean of squares of each sample, [B, ...] -> [B], in float32 at least.
+    """Return the mean of squares of each sample, [B, ..., W] -> [B], in float32 at least.
 
-    Half precision is widened first: the square of 256 is no longer a finite fp16 number.
+    Half precision is widened first: the square of 256 is no longer a finite fp16 number. And the mean is one of rows'
+    means: not every runtime adds up a large image to float32's precision by itself.
     """
-    return wide(difference).square().flatten(1).mean(1)
+    return wide(difference).square().mean(-1).flatten(1).mean(1)
 
 
 def combine(

@@ -61,6 +61,8 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "learned_time": _ONE_LEVEL | {"time_embedding_type": "learned", "num_train_timesteps": 1000},
     "centred": _ONE_LEVEL | {"center_input_sample": True},
+    # For images that lie in memory in half precision; each channel is a group, as in the first norms of large UNets.
+    "large": _ONE_LEVEL | {"sample_size": 64, "norm_num_groups": 16, "add_attention": False},
 }
 
 

@@ -17,6 +17,9 @@ from diffloss_engine.errors import ModelError
 from diffloss_engine.session import open_session
 from diffloss_engine.tensors import TensorSpec
 from diffloss_export.aten_onnx import to_onnx
+from diffloss_trt import difference
+from diffloss_trt.difference import Pair, Tape
+from diffloss_trt.objective import wide
 from diffloss_trt.traced import TracedProgram
 from exports import Exported, read_graph
 
@@ -63,10 +66,10 @@ CASES: dict[str, Function] = {
 
 
 def to_session(
-    function: Function, folder: Path, dtype: torch.dtype = torch.float32
+    function: Function, folder: Path, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (2, 4, 3, 6)
 ) -> tuple[onnx.ModelProto, Function]:
     """Return a function's ONNX model, and the function as ONNX Runtime computes it."""
-    example = {name: torch.zeros(2, 4, 3, 6, dtype=dtype) for name in "xy"}
+    example = {name: torch.zeros(shape, dtype=dtype) for name in "xy"}
     program = TracedProgram.trace(
         "case", lambda inputs, _, __: (function(inputs["x"], inputs["y"]),), example, {}, {}, ("out",)
     )
@@ -127,3 +130,19 @@ def test_gradient_graphs_hold_nothing_needless(exported: Callable[..., Exported]
         assert not kinds.keys() & {"IsNaN", "Equal", "ConvTranspose", "Dropout", "Identity"}
         seen = [(node.op_type, tuple(node.input), node.attribute) for node in graph.node]
         assert len({str(item) for item in seen}) == len(seen)
+
+
+@pytest.mark.parametrize("mean", [5.3, 100.0])
+def test_statistics_of_a_large_image_are_right_in_onnx_runtime(mean: float, tmp_path: Path) -> None:
+    """Its sums are less exact than PyTorch's: of squares of what lies far from zero, nothing right would be left."""
+    d = torch.randn(2, 4, 64, 64).half()
+    v = (torch.randn_like(d) * (mean > 10) + mean).half()
+
+    def norm(v: Tensor, d: Tensor) -> Tensor:
+        ones = torch.ones_like(v.mean((0, 2, 3)))
+        tape = Tape(2.0**-10 * torch.ones_like(wide(v).mean((1, 2, 3))), v.dtype)
+        return difference.group_norm(tape, Pair(v, d), 2, ones, 0 * ones, 1e-5, activate=True).difference
+
+    _, run = to_session(norm, tmp_path, torch.float16, (2, 4, 64, 64))
+    found, expected = run(v, d).double(), norm(v.double(), d.double())
+    assert (found - expected).norm() < 1e-3 * expected.norm()
