@@ -24,8 +24,8 @@ class DiffLossCriterion(nn.Module):
         data_range: images are in [0, data_range].
         options: more options of `DiffLoss.load`, such as `naturalness_weight` and `backend`.
 
-    Raises InputError for a reduction that there is not, InputTypeError for a `value_range`, and as `DiffLoss.load`
-    does.
+    Raises InputError for a reduction that there is not, InputTypeError for a `value_range`, or a `data_range` that is
+    no number, and as `DiffLoss.load` does.
     """
 
     lower_better = True
@@ -47,7 +47,9 @@ class DiffLossCriterion(nn.Module):
             raise InputTypeError("value_range is no option here: images are in [0, data_range], so give data_range")
         self.loss_weight = check_weight("loss_weight", loss_weight)
         self.reduction = reduction
-        self.loss_fn = DiffLoss.load(bundle, reduction="none", value_range=(0.0, data_range), **options)
+        self.loss_fn = DiffLoss.load(
+            bundle, reduction="none", value_range=(0.0, check_weight("data_range", data_range)), **options
+        )
 
     def forward(self, x: Tensor, y: Tensor, **draws: Any) -> Tensor:
         """Return the loss of `x` beside the ground truth `y`, both [B, C, H, W]; for `draws` see `DiffLoss.terms`."""

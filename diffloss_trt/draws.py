@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections import deque
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from diffloss_engine.errors import BackendError, InputError
+
+logger = logging.getLogger(__name__)
 
 # How many calls back a draw can be found that activation checkpointing repeats.
 _REMEMBERED = 1024
@@ -70,6 +74,13 @@ class Draws(nn.Module):
             self._tickets.append((ticket, number))
             return number
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        # A checkpoint without it, of the restoration network for one, is to be taken, strictly or not.
+        if f"{prefix}_extra_state" in state_dict:
+            super()._load_from_state_dict(state_dict, prefix, *more)
+        else:
+            logger.warning("the state has nothing of the draws of a DiffLoss with a seed: they are not resumed")
+
     def get_extra_state(self) -> Tensor:
         return torch.tensor([self.seed, self.count])
 
@@ -80,5 +91,5 @@ class Draws(nn.Module):
             or state.dtype != torch.int64
             or bool((state < 0).any())
         ):
-            raise InputError(f"the state of a loss's draws is {state!r}; expected a seed and a count, both >= 0")
+            raise InputError(f"the state of a loss's draws is {state!r}; expected int64 [seed, count], both >= 0")
         self.seed, self.count = state.tolist()

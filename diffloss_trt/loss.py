@@ -110,6 +110,7 @@ class DiffLoss(nn.Module):
         self.check_every = check_every
         self.calls = 0
         self.warned: set[str] = set()
+        self.fitted = True
         self._handle = register(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -126,6 +127,14 @@ class DiffLoss(nn.Module):
         # To compiled graphs a copy, or what was pickled, is a loss of its own, which has settings of its own.
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._handle = register(self)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        # The checkpoint of a training with a seed is to be taken without one.
+        if self.draws is None and state_dict.pop(f"{prefix}draws._extra_state", None) is not None:
+            logger.warning(
+                "the state has the draws of a DiffLoss with a seed, and this one has none: they are left out"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *more)
 
     @classmethod
     def from_unet(
@@ -231,7 +240,8 @@ class DiffLoss(nn.Module):
         if cuda_graph and not (fused and place.type == "cuda"):
             raise InputError("cuda_graph is for a CUDA device and backward='fused'")
         wanted = _Wanted(fused, cuda_graph, (naturalness_weight, semantic_weight))
-        evaluator = _open(opened, backend, place, wanted)
+        with torch.inference_mode(False):  # the check takes gradients, and weights made in it could have none later
+            evaluator = _open(opened, backend, place, wanted)
         return cls(evaluator, **settings)
 
     @property
@@ -337,6 +347,8 @@ class DiffLoss(nn.Module):
     ) -> Call:
         """Check what a trainer passes in, draw what it does not, and count the call."""
         evaluator = self.evaluator
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise InputTypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator")
         with _counting:
             self.calls += 1
             number = self.calls
@@ -385,7 +397,9 @@ class DiffLoss(nn.Module):
         evaluator, gradient = self.evaluator, None
         count, at_once = len(call.images[0]), evaluator.batch_size
         computed = math.ceil(count / at_once) * at_once
-        if 3 * (computed - count) >= computed:
+        fits, before = 3 * (computed - count) < computed, self.fitted
+        self.fitted = fits
+        if not (fits or before):  # not of one alone, such as the last of an epoch
             self._warn_once(
                 BATCH,
                 f"this bundle computes {at_once} images at a time, so that a batch of {count} takes as long as one of "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffloss_engine.errors import InputError
+from diffloss_engine.errors import InputError, InputTypeError
 from diffloss_trt.schedule import NoiseSchedule
 
 # Weights [T], in any unit, of the timesteps: the same at every step of the training, or by its step.
@@ -29,7 +29,8 @@ class TimestepSampler:
         generator: source of the random draws, on any device; by default PyTorch's global one.
         device: where the timesteps shall be: the loss's.
 
-    Raises InputError, when made and at each draw, for a density that cannot be drawn from.
+    Raises InputError, when made and at each draw, for a density that cannot be drawn from; InputTypeError for what is
+    no density or no generator.
     """
 
     def __init__(
@@ -40,6 +41,12 @@ class TimestepSampler:
         generator: torch.Generator | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
+        if not isinstance(density, Tensor) and not callable(density):
+            raise InputTypeError(
+                f"density is a {type(density).__name__}; expected a tensor [T], or a callable that returns one"
+            )
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise InputTypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator")
         self.density = density
         self.low_discrepancy = low_discrepancy
         self.generator = generator

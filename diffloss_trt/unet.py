@@ -83,6 +83,8 @@ class TappedUNet(nn.Module):
     def encode(self, noisy: Tensor, timesteps: Tensor) -> Encoded:
         """Run the UNet as far as its middle block."""
         unet = self.unet
+        if unet.training:  # it is the user's too, and part of a module whose `train()` was called
+            unet.eval()
         hidden = noisy.to(self.dtype)
         if unet.config.center_input_sample:
             hidden = 2 * hidden - 1

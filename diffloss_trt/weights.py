@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 from diffloss_engine.errors import InputError
+from diffloss_trt.inputs import check_weight
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Constant:
     weight: float
 
     def __post_init__(self) -> None:
-        _check_weight("weight", self.weight)
+        check_weight("weight", self.weight)
 
     def __call__(self, step: int) -> float:
         return self.weight
@@ -36,7 +37,7 @@ class WarmUp:
     steps: int
 
     def __post_init__(self) -> None:
-        _check_weight("weight", self.weight)
+        check_weight("weight", self.weight)
         _check_steps(self.steps)
 
     def __call__(self, step: int) -> float:
@@ -52,18 +53,13 @@ class Cosine:
     steps: int
 
     def __post_init__(self) -> None:
-        _check_weight("start", self.start)
-        _check_weight("end", self.end)
+        check_weight("start", self.start)
+        check_weight("end", self.end)
         _check_steps(self.steps)
 
     def __call__(self, step: int) -> float:
         done = min(1.0, step / self.steps)
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * done)) / 2
-
-
-def _check_weight(name: str, weight: float) -> None:
-    if not (math.isfinite(weight) and weight >= 0):
-        raise InputError(f"{name} is {weight}; expected a finite number >= 0")
 
 
 def _check_steps(steps: int) -> None:

@@ -59,7 +59,7 @@ class Bundle:
         manifest is malformed, or if anything in the folder is neither a folder nor a regular file (links included);
         IntegrityError if a file is missing, has another size, or does not belong to the bundle.
         """
-        folder = Path(path)
+        folder = Path(path).expanduser()  # nobody does it for a path in a file of options
         if not folder.is_dir():
             raise BundleError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist")
         on_disk = list_files(folder)
@@ -260,7 +260,7 @@ class BundleWriter:
         if self.destination.is_dir() and not any(self.destination.iterdir()):
             return
         if not self._overwrite:
-            raise InputError(f"{self.destination} exists already, and overwriting was not asked for")
+            raise InputError(f"{self.destination} exists already, and overwriting was not asked for (--overwrite)")
         try:
             # Also refuses a bundle that somebody keeps other files in, which would be lost.
             Bundle.open(self.destination)

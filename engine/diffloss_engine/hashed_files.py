@@ -53,7 +53,7 @@ def compare_files(folder: Path, on_disk: Mapping[str, int], listed: Mapping[str,
             raise IntegrityError(f"{folder}: {path!r} has {on_disk[path]} bytes, expected {entry.bytes}")
     foreign = sorted(on_disk.keys() - listed.keys())
     if foreign:
-        raise IntegrityError(f"{folder}: {foreign[0]!r} does not belong to the bundle")
+        raise IntegrityError(f"{folder}: {foreign[0]!r} does not belong to the bundle; take it out")
 
 
 def flush_to_disk(path: Path) -> None:

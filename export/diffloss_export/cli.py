@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import re
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from diffloss_engine.bundle import Bundle
     from diffloss_export.verify import Report
 
-FAILED_CHECK, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+FAILED_CHECK, WRONG_INPUT = 1, 2
+_ENDED_BY = 128  # and the number of a signal, as shells say it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,12 +29,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         # It must say what is wrong where nothing can be imported.
-        return _doctor(args) if args.run is _doctor else _run(args)
-    except KeyboardInterrupt:
+        status = _doctor(args) if args.run is _doctor else _run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read the output has had enough. What is left of it must not be written when Python ends, either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _ENDED_BY + signal.SIGPIPE
+    except KeyboardInterrupt as interrupt:
         # What `build` had finished before stays in the cache.
         written = ", no bundle was written" if args.run is _onnx else ""
         print(f"diffloss-export: interrupted{written}", file=sys.stderr)
-        return INTERRUPTED
+        return _ENDED_BY + next(iter(interrupt.args), signal.SIGINT)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -47,6 +54,8 @@ def _run(args: argparse.Namespace) -> int:
     except DiffLossError as error:
         print(f"diffloss-export: {error}", file=sys.stderr)
         return FAILED_CHECK if isinstance(error, ParityError | IntegrityError) else WRONG_INPUT
+    except BrokenPipeError:
+        raise
     except OSError as error:
         print(f"diffloss-export: {error}", file=sys.stderr)
         return WRONG_INPUT
@@ -138,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.set_defaults(run=_build)
     verify = commands.add_parser("verify", help="check a bundle against eager PyTorch in float64: value and gradient")
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
     verify.set_defaults(run=_verify)
     bench = commands.add_parser("bench", help="time a step here: this bundle beside eager and compiled PyTorch")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
@@ -287,7 +297,10 @@ def _verify(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     with _stages() as on_stage:
         report = verify_bundle(bundle, backend=args.backend, device=choose_device(args.device), on_stage=on_stage)
-    _print_report(report)
+    if args.json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        _print_report(report)
     report.raise_for_failure()
     return 0
 
@@ -467,20 +480,24 @@ def _lasting_interrupt() -> Iterator[Callable[[], None]]:
     """Give a function that raises KeyboardInterrupt if Ctrl-C was pressed and the exception got lost.
 
     Python drops an exception that is raised in a weak reference's callback or a finaliser, and between two graphs
-    torch spends its time in thousands of those.
+    torch spends its time in thousands of those. SIGTERM and SIGHUP, unless they are ignored, do as Ctrl-C does.
     """
-    pressed = threading.Event()
+    pressed: list[int] = []
 
-    def press(*_: object) -> NoReturn:
-        pressed.set()
-        raise KeyboardInterrupt
+    def press(number: int, _: object) -> NoReturn:
+        pressed.append(number)
+        raise KeyboardInterrupt(number)
 
     def check() -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
+        if pressed:
+            raise KeyboardInterrupt(pressed[0])
 
-    previous = signal.signal(signal.SIGINT, press)
+    previous = {signal.SIGINT: signal.signal(signal.SIGINT, press)}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            previous[number] = signal.signal(number, press)
     try:
         yield check
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

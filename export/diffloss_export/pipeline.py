@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffloss_engine.bundle import Bundle, BundleWriter, Graph, file_sha256
-from diffloss_engine.errors import InputError
+from diffloss_engine.errors import InputError, ModelError
 from diffloss_engine.tensor_files import save_tensors
 from diffloss_export.onnx_write import WeightFile, write_graph
 from diffloss_export.programs import blank_feature_programs, trace
@@ -77,6 +77,9 @@ def export_bundle(
         raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
     if batch_size < 1:
         raise InputError(f"batch size is {batch_size}; expected at least 1")
+    activation = model.unet.config.act_fn
+    if activation not in ("silu", "swish"):
+        raise ModelError(f"the UNet has act_fn {activation!r}; expected 'silu', the only one that can be exported")
     tapped = TappedUNet(model.unet, model.schedule)
     resolution = check_resolution(tapped, resolution)
     with BundleWriter(destination, overwrite=overwrite) as writer:
@@ -137,7 +140,7 @@ def check_resolution(tapped: TappedUNet, resolution: tuple[int, int] | None) -> 
     if resolution is None:
         size = tapped.unet.config.sample_size
         if size is None:
-            raise InputError("the UNet's configuration has no sample_size: a resolution must be given")
+            raise InputError("the UNet's configuration has no sample_size: a resolution (--resolution) must be given")
         resolution = (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
     multiple = tapped.resolution_multiple
     if any(side < 1 or side % multiple for side in resolution):

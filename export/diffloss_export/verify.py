@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,14 @@ class Report:
     def worst(self) -> Row:
         """The comparison that is nearest to its tolerance, or furthest beyond it."""
         return max(self.rows, key=lambda row: (not row.passed, row.excess))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values; an error that is no finite number is null."""
+        rows = [
+            {**asdict(row), "error": row.error if math.isfinite(row.error) else None, "passed": row.passed}
+            for row in self.rows
+        ]
+        return {"backend": self.backend, "passed": self.worst.passed, "rows": rows, "notes": self.notes}
 
     def raise_for_failure(self) -> None:
         """Raise `ParityError`, naming the worst comparison, unless all passed."""

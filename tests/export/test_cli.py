@@ -113,7 +113,7 @@ def wait_for(stderr: Iterator[str], stage: str) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_interrupted_export_leaves_no_bundle(
     command: list[str], model_folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -137,8 +137,8 @@ def test_interrupted_export_leaves_no_bundle(
         rest = process.stderr.read()
         assert process.stdout.read() == ""
     assert not destination.exists()
-    if number == signal.SIGINT:
-        assert process.returncode == 130
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
         # Where it arrives in a weak reference's callback Python says so, and the next step ends the command.
         assert rest.splitlines()[-1] == "diffloss-export: interrupted, no bundle was written"
         assert "exporting the semantic_gradient graph" not in rest
@@ -218,7 +218,7 @@ def test_unknown_model(run: Run, tmp_path: Path, model: str) -> None:
 def test_destination_is_refused_before_the_model_is_looked_for(run: Run, bundle: Bundle, tmp_path: Path) -> None:
     status, out, err = run("onnx", "no-such-model", "-o", bundle.path)
     assert (status, out) == (2, "")
-    assert err == f"diffloss-export: {bundle.path} exists already, and overwriting was not asked for\n"
+    assert err == f"diffloss-export: {bundle.path} exists already, and overwriting was not asked for (--overwrite)\n"
     status, _, err = run("onnx", "no-such-model", "-o", tmp_path / "missing" / "bundle")
     assert (status, "does not exist" in refusal(err)) == (2, True)
     (tmp_path / "notes.txt").write_text("mine")
@@ -246,6 +246,27 @@ def test_verify_prints_every_comparison(run: Run, bundle: Bundle, backend: str) 
     for word in ("encoder", "noise_head", "bottleneck", "naturalness", "semantic", "gradient"):
         assert word in out
     assert "FAILED" not in out
+
+
+def test_verify_as_json(run: Run, bundle: Bundle) -> None:
+    status, out, _ = run("verify", bundle.path, "--device", "cpu", "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert found["passed"]
+    assert found["backend"] == "onnxruntime"
+    assert found["rows"]
+    for row in found["rows"]:
+        assert row.keys() == {"check", "quantity", "error", "tolerance", "passed"}
+        assert row["passed"] == (row["error"] <= row["tolerance"])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_whoever_reads_the_output_may_stop(command: list[str], bundle: Bundle) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing) as output:
+        done = subprocess.run([*command, "inspect", str(bundle.path)], stdout=output, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize("command", ["verify", "bench"])

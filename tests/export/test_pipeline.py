@@ -219,6 +219,12 @@ def test_unet_that_onnx_cannot_express_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_activation_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="act_fn 'gelu'; expected 'silu'"):
+        export_bundle(make_model(act_fn="gelu"), tmp_path / "bundle", batch_size=1)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -258,7 +264,7 @@ def test_default_resolution_is_the_unets(sample_size: object, expected: tuple[in
 
 def test_resolution_is_needed_where_the_unet_has_none() -> None:
     tapped = TappedUNet(make_unet(sample_size=None), make_schedule())
-    with pytest.raises(InputError, match="no sample_size: a resolution must be given"):
+    with pytest.raises(InputError, match=r"no sample_size: a resolution \(--resolution\) must be given"):
         check_resolution(tapped, None)
 
 

@@ -173,7 +173,8 @@ def test_two_exports_into_one_place(export: Popen, tmp_path: Path) -> None:
     both = [export(destination) for _ in range(2)]
     ends = {process.communicate()[1].splitlines()[-1]: process.returncode for process in both}
     assert sorted(ends.values()) == [0, 2]
-    assert next(line for line, status in ends.items() if status == 2).endswith("overwriting was not asked for")
+    refused = next(line for line, status in ends.items() if status == 2)
+    assert refused.endswith("overwriting was not asked for (--overwrite)")
     Bundle.open(destination).verify_hashes()
     assert list(tmp_path.iterdir()) == [destination]
 

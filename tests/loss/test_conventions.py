@@ -89,6 +89,8 @@ def test_wrong_options_are_refused_when_the_loss_is_made(bundle: Path, tmp_path:
         PerceptualDiffLoss(bundle, **yaml.safe_load("loss_weight: 1e-2"))
     with pytest.raises(InputError, match=r"loss_weight is -1\.0; expected a finite number >= 0"):
         DiffLossCriterion(bundle, loss_weight=-1.0)
+    with pytest.raises(InputTypeError, match="data_range is a tuple; expected a number"):
+        DiffLossCriterion(bundle, data_range=(0, 1))  # type: ignore[arg-type]
     with pytest.raises(InputTypeError, match=r"value_range is no option here: .* give data_range"):
         DiffLossCriterion(bundle, value_range=(0, 1))
 

@@ -153,12 +153,31 @@ def test_the_state_of_the_draws_is_saved_and_nothing_else(make_loss: Callable[[i
     assert "seed=5" in repr(resumed)
     with pytest.raises(InputError, match="the state of a loss's draws is"):
         resumed.load_state_dict({STATE: torch.tensor([5, -1])})
-    # With and without a seed are two things, which strict loading tells apart.
-    assert not make_loss(None).state_dict()
-    with pytest.raises(RuntimeError, match=f'Unexpected key.*"{STATE}"'):
-        make_loss(None).load_state_dict(state)
-    with pytest.raises(RuntimeError, match=f'Missing key.*"{STATE}"'):
-        resumed.load_state_dict({})
+
+
+def test_checkpoints_with_and_without_a_seed_are_taken_with_a_warning(
+    make_loss: Callable[[int | None], DiffLoss], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As part of a training's module, and strictly; what else is missing or unexpected is still an error."""
+    image, other = torch.rand(2, 2, 3, 16, 16)
+
+    def module(seed: int | None) -> torch.nn.ModuleDict:
+        return torch.nn.ModuleDict({"net": torch.nn.Conv2d(3, 3, 1), "loss": make_loss(seed)})
+
+    seeded, plain = module(5), module(None)
+    seeded["loss"](image, other)
+    with_draws, without = saved(seeded.state_dict()), saved(plain.state_dict())
+    plain.load_state_dict(with_draws)
+    assert [record.getMessage()[:24] for record in caplog.records] == ["the state has the draws "]
+    caplog.clear()
+    expected = copy.deepcopy(seeded)["loss"](image, other)
+    seeded.load_state_dict(without)
+    assert [record.getMessage()[:22] for record in caplog.records] == ["the state has nothing "]
+    assert torch.equal(seeded["loss"](image, other), expected)  # the draws go on
+    for whole in (with_draws, without):
+        for altered in ({**whole, "loss.more": torch.ones(1)}, {key: whole[key] for key in whole if "net" not in key}):
+            with pytest.raises(RuntimeError, match=r"Unexpected key|Missing key"):
+                module(5).load_state_dict(altered)
 
 
 def test_a_draw_is_made_where_one_is_needed(make_loss: Callable[[int | None], DiffLoss]) -> None:

@@ -312,7 +312,12 @@ def test_auto_says_once_what_it_takes(
     ]
 
 
-BATCHES = [([4, 8, 3, 7, 12], None), ([4, 2, 1, 6], (2, 4)), ([5], (5, 8)), ([1], (1, 4))]
+BATCHES = [
+    ([4, 8, 3, 7, 12], None),
+    ([1, 4, 2, 4, 1], None),  # the last of an epoch
+    ([4, 2, 1, 6], (1, 4)),
+    ([5, 5], (5, 8)),
+]
 
 
 @pytest.mark.parametrize("backward", ["fused", "recompute"])
@@ -347,7 +352,7 @@ def test_a_compiled_step_warns_of_its_batch_once(
     loss = DiffLoss.load(exported[0], "onnxruntime", "cpu", value_range=(-1, 1))
     restored, target, *_ = make_batch(count=2, dtype=torch.float32)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
+    for _ in range(3):
         compiled(restored, target)
     torch.compiler.reset()
     assert sum("--batch-size 2" in record.getMessage() for record in caplog.records) == 1
@@ -378,6 +383,24 @@ def test_another_default_device_changes_nothing(
         found = loss(restored, target)
     plain = DiffLoss.load(exported[0], backend, "cpu", backward=backward, value_range=(-1, 1), seed=0)
     assert torch.equal(found, plain(restored, target))
+
+
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
+def test_what_is_loaded_for_inference_trains(
+    backward: str, exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]
+) -> None:
+    with torch.inference_mode():
+        loss = DiffLoss.load(exported[0], "onnxruntime", "cpu", backward=backward, value_range=(-1, 1))
+    restored, target, *_ = make_batch(count=4, dtype=torch.float32)
+    restored.requires_grad_()
+    loss(restored, target).backward()
+    assert restored.grad is not None
+    assert bool(restored.grad.any())
+
+
+def test_a_path_may_begin_at_home(exported: tuple[Path, Any, NoiseSchedule], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(exported[0].parent))
+    assert DiffLoss.load(f"~/{exported[0].name}", "onnxruntime", "cpu").evaluator.backend == "onnxruntime"
 
 
 def test_load_refuses_what_it_cannot_do(exported: tuple[Path, Any, NoiseSchedule], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffloss_engine.errors import InputError
+from diffloss_engine.errors import InputError, InputTypeError
 from diffloss_trt import NoiseSchedule
 from diffloss_trt.sampling import Annealed, Density, TimestepSampler, balanced, snr_weighted, uniform_range
 from exports import make_schedule
@@ -170,3 +170,10 @@ def test_timesteps_are_where_the_loss_is() -> None:
 def test_what_cannot_be_drawn_from(make: Callable[[], object]) -> None:
     with pytest.raises(InputError, match=r"expected|must be"):
         make()
+
+
+def test_what_is_no_density_or_generator_is_named() -> None:
+    with pytest.raises(InputTypeError, match=r"density is a list; expected a tensor \[T\], or a callable"):
+        TimestepSampler([1.0, 2.0])  # type: ignore[arg-type]
+    with pytest.raises(InputTypeError, match=r"generator is a int; expected a torch\.Generator"):
+        TimestepSampler(torch.ones(3), generator=0)  # type: ignore[arg-type]

@@ -98,7 +98,9 @@ def test_unet_is_frozen_and_in_eval_mode(batch: Batch) -> None:
     tapped = TappedUNet(unet, SCHEDULE)
     assert not any(parameter.requires_grad for parameter in unet.parameters())
     noisy, _, _, timesteps = batch
-    first, second = (tapped.features(noisy, timesteps, with_noise=True) for _ in range(2))
+    first = tapped.features(noisy, timesteps, with_noise=True)
+    unet.train()  # as that of a module that it is a part of
+    second = tapped.features(noisy, timesteps, with_noise=True)
     assert first.noise is not None
     assert second.noise is not None
     assert torch.equal(first.noise, second.noise)
