@@ -135,7 +135,9 @@ def check_images(
         raise InputError(
             f"restored is {height}x{width}; expected height and width to be multiples of {multiple}, as this UNet needs"
         )
-    if found != channels:
+    if found != channels and restored.shape[-1] == channels:
+        hint = ": its last axis looks like the channels; permute(0, 3, 1, 2) puts them where they are expected"
+    elif found != channels:
         hint = f": this UNet takes {channels} channels; export one that takes {found}, or convert the images"
     shape = (batch, channels, height, width)
     _check_tensor("restored", restored, shape, device, hint)

@@ -349,6 +349,11 @@ class DiffLoss(nn.Module):
         evaluator = self.evaluator
         if generator is not None and not isinstance(generator, torch.Generator):
             raise InputTypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator")
+        if isinstance(evaluator, FusedEvaluator) and _is_transformed(restored):
+            raise InputTypeError(
+                "restored is what torch.func or forward-mode differentiation follows, which an engine cannot be; "
+                "the loss has a gradient by backward() and torch.autograd.grad, and reduction='none' one of each sample"
+            )
         with _counting:
             self.calls += 1
             number = self.calls
@@ -458,6 +463,13 @@ class DiffLoss(nn.Module):
             f"backend={self.evaluator.backend}, backward={self.evaluator.backward}, device={self.device}, "
             f"reduction={self.reduction}, value_range={self.value_range}{seeded}"
         )
+
+
+def _is_transformed(image: Any) -> bool:
+    if not isinstance(image, Tensor):
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(image)
+    return wrapped or torch.autograd.forward_ad.unpack_dual(image).tangent is not None
 
 
 def _constant(call: Call, value: float) -> tuple[Terms, Tensor]:

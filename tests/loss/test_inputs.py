@@ -221,6 +221,8 @@ def test_images_that_a_bundle_does_not_take(exported: tuple[Path, Any, NoiseSche
     grey = r"expected \[2, 3, 16, 16\]: this UNet takes 3 channels; export one that takes 1, or convert the images$"
     with pytest.raises(InputError, match=grey):
         loss(image(2, 1, 16, 16), image(2, 1, 16, 16))
+    with pytest.raises(InputError, match=r"last axis looks like the channels; permute\(0, 3, 1, 2\)"):
+        loss(image(2, 16, 16, 3), image(2, 16, 16, 3))
     with pytest.raises(InputError, match=r"target has shape \[2, 3, 24, 16\]; expected \[2, 3, 16, 16\]$"):
         loss(image(), image(2, 3, 24, 16))
 

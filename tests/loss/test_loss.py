@@ -14,7 +14,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from diffloss_engine.errors import BackendUnavailableError, BundleError, InputError
+from diffloss_engine.errors import BackendUnavailableError, BundleError, InputError, InputTypeError
 from diffloss_trt import DiffLoss, NoiseSchedule
 from unets import KINDS, make_unet
 
@@ -401,6 +401,36 @@ def test_what_is_loaded_for_inference_trains(
 def test_a_path_may_begin_at_home(exported: tuple[Path, Any, NoiseSchedule], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(exported[0].parent))
     assert DiffLoss.load(f"~/{exported[0].name}", "onnxruntime", "cpu").evaluator.backend == "onnxruntime"
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda loss, restored: torch.func.grad(loss)(restored),
+        lambda loss, restored: torch.func.vmap(loss)(restored[:, None]),
+        lambda loss, restored: torch.func.jvp(loss, (restored,), (restored,)),
+    ],
+    ids=["grad", "vmap", "jvp"],
+)
+# torch 2.13: its first forward-mode derivative scripts functions of its own.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_what_would_follow_the_engine_is_refused(
+    transform: Callable[..., Any], exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]
+) -> None:
+    loss = DiffLoss.load(exported[0], "onnxruntime", "cpu", value_range=(-1, 1))
+    restored, target, *_ = make_batch(count=4, dtype=torch.float32)
+    with pytest.raises(InputTypeError, match=r"torch\.func or forward-mode"):
+        transform(lambda images: loss(images, target[: len(images)]), restored)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(restored, torch.ones_like(restored))
+        with pytest.raises(InputTypeError, match=r"torch\.func or forward-mode"):
+            loss(dual, target)
+
+
+def test_a_generator_is_one(exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]) -> None:
+    restored, target, *_ = make_batch(count=4, dtype=torch.float32)
+    with pytest.raises(InputTypeError, match=r"generator is a int; expected a torch\.Generator"):
+        DiffLoss.load(exported[0], "torch", "cpu")(restored, target, generator=5)
 
 
 def test_load_refuses_what_it_cannot_do(exported: tuple[Path, Any, NoiseSchedule], tmp_path: Path) -> None:
