@@ -30,11 +30,9 @@ ON_CPU = [("onnxruntime", "fp32"), ("onnxruntime", "fp16"), *((name, p) for name
 ON_GPU = [(backend, precision) for backend in BACKENDS for precision in PRECISIONS]
 # Compiling takes minutes each.
 SLOW = {("inductor", precision) for precision in PRECISIONS}
-# The first test of each builds a plan, or compiles.
-GPU = [pytest.mark.gpu, pytest.mark.timeout(1500)]
 PLACES = [
     *(pytest.param(CPU, *case, marks=[pytest.mark.slow] if case in SLOW else []) for case in ON_CPU),
-    *(pytest.param(CUDA, *case, marks=GPU) for case in ON_GPU),
+    *(pytest.param(CUDA, *case, marks=pytest.mark.gpu) for case in ON_GPU),
 ]
 every_backend = pytest.mark.parametrize(("device", "backend", "precision"), PLACES)
 
@@ -201,7 +199,9 @@ def test_what_was_returned_is_left_alone(
     assert all(map(torch.equal, (restored, target, noise, timesteps), given))
 
 
-on_gpu = pytest.mark.parametrize(("backend", "precision"), [pytest.param(*case, marks=GPU) for case in ON_GPU])
+on_gpu = pytest.mark.parametrize(
+    ("backend", "precision"), [pytest.param(*case, marks=pytest.mark.gpu) for case in ON_GPU]
+)
 
 
 @on_gpu
