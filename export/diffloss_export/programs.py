@@ -79,22 +79,28 @@ def _attention(
 
 
 def _group_norm(x: Tensor, groups: int, gain: Tensor, offset: Tensor, eps: float, *_: Any) -> Tensor:
-    """`F.group_norm` in float32 at least, with means as in `difference.group_norm`.
+    """`F.group_norm` in float32 at least, with statistics in one pass as in `difference.group_norm`.
 
     ONNX's own norms are not for everything: ONNX Runtime's CUDA provider leaves opset 22's instance norm to the CPU.
     """
-    batch, channels = x.shape[:2]
-    rows = wide(x).reshape(batch, channels, -1)
+    batch, channels, *sides = x.shape
 
     def group_mean(y: Tensor) -> Tensor:
-        return y.mean(2).reshape(batch, groups, -1).mean(2, keepdim=True)
+        return y.mean((2, 3)).reshape(batch, groups, -1).mean(2, keepdim=True)
 
     def to_channels(y: Tensor) -> Tensor:
-        return y.expand(-1, -1, channels // groups).reshape(batch, channels, 1)
+        return y.expand(-1, -1, channels // groups).reshape(batch, channels, *[1] * len(sides))
 
-    centred = rows - to_channels(group_mean(rows))
-    scale = to_channels((group_mean(centred * centred) + eps).rsqrt()) * wide(gain).view(-1, 1)
-    return (centred * scale + wide(offset).view(-1, 1)).reshape(x.shape).to(x.dtype)
+    # Of another shape than the result, so that a compiler reads `x` twice and keeps nothing in float32 in between.
+    rows = wide(x).reshape(batch, channels, -1, 1)
+    middle = (rows.shape[2] + sides[-1]) // 2 % rows.shape[2]  # of an image, where padding does not show
+    shift = rows[:, :: channels // groups, middle : middle + 1].reshape(batch, groups, 1)
+    rows = rows - shift.expand(-1, -1, channels // groups).reshape(batch, channels, 1, 1)
+    mean = group_mean(rows)
+    variance = (group_mean(rows * rows) - mean.square()).clamp(min=0)
+    gain, offset = (wide(part).reshape(-1, *[1] * len(sides)) for part in (gain, offset))
+    scale = to_channels((variance + eps).rsqrt()) * gain
+    return ((wide(x) - to_channels(shift + mean)) * scale + offset).to(x.dtype)
 
 
 # What of an operation becomes a graph, where that is not what PyTorch makes of it.
