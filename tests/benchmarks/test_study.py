@@ -110,7 +110,7 @@ SLOW = [pytest.mark.slow, pytest.mark.timeout(1200)]
 @pytest.mark.parametrize(
     "run",
     [
-        Run("haze", 0, *WEIGHTS, steps=2),
+        pytest.param(Run("haze", 0, *WEIGHTS, steps=2), marks=SLOW),
         pytest.param(Run(NOISE, 1, *WEIGHTS, form="bf16 autocast", steps=2), marks=SLOW),
     ],
 )

@@ -37,7 +37,7 @@ CONFIGURATIONS = [
     pytest.param("two_levels", "fp16", "epsilon", None, marks=pytest.mark.slow),
     pytest.param("two_levels", "bf16", "epsilon", None, marks=pytest.mark.slow),
     pytest.param("four_levels", "bf16", "epsilon", None, marks=pytest.mark.slow),
-    ("adm", "fp32", "epsilon", None),
+    pytest.param("adm", "fp32", "epsilon", None, marks=pytest.mark.slow),
     ("variance", "fp16", "v_prediction", None),
     pytest.param("two_levels", "fp32", "sample", None, marks=pytest.mark.slow),
     ("one_channel", "fp32", "epsilon", (16, 32)),
@@ -155,7 +155,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_equal_inputs_give_equal_bytes(exported: Callable[..., Exported], tmp_path: Path, precision: str) -> None:
     elsewhere = tmp_path / "a folder of another name"
     export_bundle(make_model(), elsewhere, batch_size=2, precision=precision)

@@ -162,6 +162,7 @@ def test_altered_file_fails_before_anything_is_run(copied: Callable[..., Path]) 
     assert stages == ["checking hashes"]
 
 
+@pytest.mark.slow
 def test_schedule_that_ends_in_pure_noise_can_be_checked(tmp_path: Path) -> None:
     model = make_model()
     table = make_schedule().alphas_cumprod

@@ -27,7 +27,7 @@ from unets import make_unet
 SCHEDULE = NoiseSchedule.from_scheduler(DDPMScheduler())
 Popen = Callable[..., "subprocess.Popen[str]"]
 
-KILLS = [pytest.param(2), pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+KILLS = [pytest.param(1), pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 # Writes plans, each of 1 MiB of one byte, until it is killed.
 WRITER = """
 import sys

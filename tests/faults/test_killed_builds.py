@@ -19,7 +19,7 @@ from exports import make_model
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 GRAPHS = ("encoder", "noise_head")
-KILLS = [pytest.param(2), pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+KILLS = [pytest.param(1), pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,7 @@ def overlapping(spans: Sequence[tuple[float, float]], others: Sequence[tuple[flo
     return sum(any(begun < end and start < over for start, end in others) for begun, over in spans)
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_threads(bundle: str, tmp_path: Path) -> None:
     files = [tmp_path / f"results{number}.pt" for number in range(2)]
     script = Path(__file__).with_name("jobs.py")

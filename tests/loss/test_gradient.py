@@ -128,8 +128,13 @@ def test_every_prediction_type_is_exact_in_float64(prediction_type: str) -> None
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     ("kind", "places"),
-    [pytest.param("four_levels", PLACES, marks=pytest.mark.slow), ("adm", PLACES), ("large", FEW)],
-    ids=["four_levels", "adm", "large"],
+    [
+        pytest.param("four_levels", PLACES, marks=pytest.mark.slow),
+        pytest.param("adm", PLACES, marks=pytest.mark.slow),
+        ("adm", FEW),
+        ("large", FEW),
+    ],
+    ids=["four_levels", "adm_everywhere", "adm", "large"],
 )
 def test_precision_does_not_depend_on_how_near_the_images_are(
     kind: str, places: list[tuple[float, float]], precision: str
