@@ -19,6 +19,7 @@ from torch.fx.node import map_aggregate
 
 from diffloss_engine.errors import ModelError
 from diffloss_engine.tensors import DTYPES
+from diffloss_trt.difference import whole_factors
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -432,7 +433,7 @@ def _avg_pool(emit: Emitter, like: Tensor, x: Any, kernel: Sequence[int], stride
 @_rule(aten.upsample_nearest2d.default, aten.upsample_nearest2d.vec)
 def _upsample(emit: Emitter, like: Tensor, x: Any, *_: Any) -> Any:
     batch, channels, height, width = x.shape.numpy()
-    factors = like.shape[2] // height, like.shape[3] // width
+    factors = whole_factors((height, width), like.shape[2:], None)
 
     def shaped(rows: int, columns: int) -> Tensor:
         return torch.empty((batch, channels, height, rows, width, columns), dtype=like.dtype, device="meta")
