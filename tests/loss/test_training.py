@@ -196,8 +196,9 @@ def test_grad_scaler_brings_small_gradients_through_half_precision(exported: Exp
         torch.manual_seed(0)
         network = make_network().eval()
         errors[name], _ = scaled_step(network, load(exported[0], **PAPER, seed=1), scaler, dtype)
-    assert relative(errors["scaled"], errors["expected"]) < 2e-2
-    assert relative(errors["unscaled"], errors["expected"]) > 0.1
+    scaled, unscaled = (relative(errors[name], errors["expected"]) for name in ("scaled", "unscaled"))
+    assert scaled < 2e-2
+    assert unscaled > 10 * scaled, (scaled, unscaled)
 
 
 def test_grad_scaler_skips_a_step(exported: Exported) -> None:
