@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from diffloss_engine import inductor_cpu
 from diffloss_engine.errors import BackendUnavailableError
 from diffloss_engine.exclusive import exclusive
 from diffloss_engine.fp32_precision import fp32_settings, settings_for_export
@@ -39,7 +38,7 @@ def compile_program(program: nn.Module, inputs: Sequence[Tensor]) -> bytes:
         # What inductor leaves in its own cache is as large as the result, and nobody would look for it again.
         with (
             exclusive,
-            _loops_split_evenly(),
+            inductor_cpu.loops_split_evenly(),
             TemporaryDirectory() as scratch,
             fresh_cache(dir=scratch),
             torch.no_grad(),
@@ -48,7 +47,7 @@ def compile_program(program: nn.Module, inputs: Sequence[Tensor]) -> bytes:
             with settings_for_export():
                 exported = torch.export.export(program, tuple(inputs), strict=False)
             if not inputs[0].is_cuda:
-                _keep_sums_out_of_place(exported.graph)
+                inductor_cpu.prepare(exported.graph)
             path = Path(scratch) / "program.pt2"
             aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
             return path.read_bytes()
@@ -56,54 +55,6 @@ def compile_program(program: nn.Module, inputs: Sequence[Tensor]) -> bytes:
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise BackendUnavailableError(f"inductor cannot compile the program here: {first}") from error
-
-
-def _keep_sums_out_of_place(graph: torch.fx.Graph) -> None:
-    """Write each sum of a convolution and another tensor as a difference, which has the same value to the last bit.
-
-    On a CPU inductor (torch 2.13) lets such a convolution add to the other tensor in place, also where something that
-    was computed from that tensor, and is computed again where it is used, is still to be used: it then reads the sum.
-    """
-    aten = torch.ops.aten
-    convolutions = {*graph.find_nodes(op="call_function", target=aten.convolution.default)}
-    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
-        if node.kwargs or not all(isinstance(term, torch.fx.Node) for term in node.args):
-            continue
-        first, second = node.args
-        if first in convolutions:
-            first, second = second, first
-        if second in convolutions:
-            with graph.inserting_before(node):
-                node.args = (first, graph.call_function(aten.neg.default, (second,)))
-            node.target = aten.sub.Tensor
-
-
-@contextmanager
-def _loops_split_evenly() -> Iterator[None]:
-    """Have inductor split a loop into rows only where it has as many steps as whole rows.
-
-    On a CPU inductor (torch 2.13) splits the loop over channels at the size of a group, to read one value per group,
-    and leaves out the last steps where the loop is over the first 64 of 96 channels, say, and a group has 12.
-    """
-    from torch._inductor.codegen.cpp import CppScheduling
-    from torch._inductor.ir import ComputedBuffer
-    from torch.utils._sympy.functions import FloorDiv
-
-    split = CppScheduling.try_loop_split
-
-    def split_evenly(scheduling: CppScheduling, nodes: list[Any]) -> list[Any]:
-        for node in (node for node in nodes if isinstance(node.node, ComputedBuffer)):
-            (sizes, _), body, (variables, _) = node.node.get_default_sizes_body()
-            steps = dict(zip(variables, sizes, strict=True))
-            indices = [index for index in body.indexing_exprs.values() if hasattr(index, "find")]  # not a plain number
-            divisions = {division.args for index in indices for division in index.find(FloorDiv)}
-            if any(steps[variable] % divisor for variable, divisor in divisions if variable in steps):
-                return nodes
-        whole: list[Any] = split(scheduling, nodes)
-        return whole
-
-    with mock.patch.object(CppScheduling, "try_loop_split", split_evenly):
-        yield
 
 
 def open_compiled(
@@ -165,7 +116,7 @@ def package_key(
         "program": program,
         "flavour": "inductor",
         "version": torch.__version__,
-        "compiler": file_sha256(Path(__file__)),
+        "compiler": [file_sha256(Path(file)) for file in (__file__, inductor_cpu.__file__)],
         "gpu": gpu_identity(device) if device.type == "cuda" else None,
         "cpu": {"name": name, "features": sorted(key for key, value in capabilities.items() if value is True)},
         "precision": precision,

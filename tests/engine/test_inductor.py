@@ -90,7 +90,8 @@ def test_a_sum_does_not_overwrite_what_is_read_later() -> None:
     session = open_compiled(KEY, lambda: compile_program(Residual(), [image]), [IMAGE], results, CPU)
     found = session({"image": image})
     for name, expected in zip(("total", "product"), Residual()(image), strict=True):
-        torch.testing.assert_close(found[name], expected)
+        # Each is the sum of hundreds of products, whose rounding is that of the largest.
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
 
 
 class FirstOfGroups(nn.Module):
