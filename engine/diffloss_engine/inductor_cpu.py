@@ -41,14 +41,15 @@ def _store_what_is_broadcast(graph: Graph) -> None:
                 plain = small.meta["val"].contiguous()
                 with graph.inserting_after(small):
                     copy = graph.call_function(aten.clone.default, (small,), {"memory_format": torch.contiguous_format})
-                with graph.inserting_after(copy):  # whose operand has to lie in memory
+                # Changes nothing, but needs an operand that lies in memory; other copies inductor computes on the way.
+                with graph.inserting_after(copy):
                     arguments = copy, list(plain.shape), list(plain.stride())
                     stored[small] = graph.call_function(aten.as_strided.default, arguments)
             node.replace_input_with(small, stored[small])
 
 
 def _write_out_tanh(graph: Graph) -> None:
-    """Compute tanh by `_tanh`, in a third of the time of the library function that inductor calls."""
+    """Compute tanh by `_tanh`, which takes less time than the library function that inductor calls."""
     written_out = make_fx(_tanh)(torch.zeros(1)).graph
     (argument,) = written_out.find_nodes(op="placeholder")
     for node in graph.find_nodes(op="call_function", target=aten.tanh.default):
@@ -68,8 +69,8 @@ def _tanh(x: Tensor) -> Tensor:
 def _keep_sums_out_of_place(graph: Graph) -> None:
     """Write each sum of a convolution and another tensor as a difference, which has the same value to the last bit.
 
-    Inductor lets such a convolution add to the other tensor in place, also where something that
-    was computed from that tensor, and is computed again where it is used, is still to be used: it then reads the sum.
+    Inductor lets such a convolution add to the other tensor in place, also where something that was computed from that
+    tensor, and is computed again where it is used, is still to be used: it then reads the sum.
     """
     convolutions = {*graph.find_nodes(op="call_function", target=aten.convolution.default)}
     for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
@@ -88,8 +89,8 @@ def _keep_sums_out_of_place(graph: Graph) -> None:
 def loops_split_evenly() -> Iterator[None]:
     """Have inductor split a loop into rows only where it has as many steps as whole rows.
 
-    Inductor splits the loop over channels at the size of a group, to read one value per group,
-    and leaves out the last steps where the loop is over the first 64 of 96 channels, say, and a group has 12.
+    Inductor splits the loop over channels at the size of a group, to read one value per group, and leaves out the last
+    steps where the loop is over the first 64 of 96 channels, say, and a group has 12.
     """
     from torch._inductor.codegen.cpp import CppScheduling
     from torch._inductor.ir import ComputedBuffer

@@ -63,16 +63,18 @@ def test_a_target_is_met_from_its_bound_on(results: dict[str, Content]) -> None:
 
 
 def test_a_fast_row_with_a_wrong_gradient_meets_no_target(results: dict[str, Content]) -> None:
-    start = "our fastest with an error below"
-    measured = table_row(make_report(results).text, start)
     rows = [row for row in results[LOSS_STEP]["rows"] if row["way"] == "diffloss-trt, inductor"]
-    wrong = copy.deepcopy(next(row for row in rows if "gradient_error" in row))
+    measured = [row for row in rows if "gradient_error" in row]
+    wrong = copy.deepcopy(measured[0])
+    for row in measured:  # which may meet it by themselves
+        row["median_ms"] = 1e6
     results[LOSS_STEP]["rows"].append(wrong)
     wrong["median_ms"] = 1.0
-    wrong["gradient_error"]["30"] = 0.031
-    assert table_row(make_report(results).text, start) == measured
+    start = "our fastest with an error below"
     wrong["gradient_error"]["30"] = 0.029
-    assert table_row(make_report(results).text, start) != measured
+    assert table_row(make_report(results).text, start)[-1] == "met"
+    wrong["gradient_error"]["30"] = 0.031
+    assert table_row(make_report(results).text, start)[-1] == "**missed**"
 
 
 def test_what_is_absent_is_said_to_be_not_measured(results: dict[str, Content]) -> None:

@@ -74,7 +74,7 @@ class Residual(Program):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         def convolve(x: Tensor) -> Tensor:
-            kernel = self.get_buffer("kernel")[:4]
+            kernel = self.get_buffer("kernel")[:4] / 6  # for results of order one, as the tolerances expect them
             result: Tensor = torch.ops.aten.convolution(x, kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
             return result
 
@@ -90,8 +90,7 @@ def test_a_sum_does_not_overwrite_what_is_read_later() -> None:
     session = open_compiled(KEY, lambda: compile_program(Residual(), [image]), [IMAGE], results, CPU)
     found = session({"image": image})
     for name, expected in zip(("total", "product"), Residual()(image), strict=True):
-        # Each is the sum of hundreds of products, whose rounding is that of the largest.
-        torch.testing.assert_close(found[name], expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+        torch.testing.assert_close(found[name], expected)
 
 
 class FirstOfGroups(nn.Module):

@@ -7,6 +7,7 @@ from io import BytesIO
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from diffloss_engine.inductor import compile_program
 from diffloss_engine.inductor_cpu import prepare
@@ -28,6 +29,13 @@ def program_and_image() -> tuple[Centred, Tensor]:
     return Centred(), torch.randn(2, 12, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
+def prepared(program: nn.Module, argument: Tensor) -> ExportedProgram:
+    exported = torch.export.export(program, (argument,))
+    prepare(exported.graph)
+    exported.graph_module.recompile()
+    return exported
+
+
 def error(found: Tensor, image: Tensor) -> float:
     (expected,) = Centred()(image.double())
     return float((found.double() - expected).norm() / expected.norm())
@@ -35,12 +43,10 @@ def error(found: Tensor, image: Tensor) -> float:
 
 def test_a_prepared_program_computes_the_same() -> None:
     program, image = program_and_image()
-    exported = torch.export.export(program, (image,))
-    prepare(exported.graph)
+    exported = prepared(program, image)
     stored = exported.graph.find_nodes(op="call_function", target=torch.ops.aten.as_strided.default)
     assert [tuple(node.args[1]) for node in stored] == [(2, 12, 1, 1)] * 3
     assert not exported.graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default)
-    exported.graph_module.recompile()
     (found,) = exported.module()(image)
     assert error(found, image) < 1e-6
 
@@ -61,10 +67,7 @@ def test_small_values_keep_their_digits() -> None:
 
     values = torch.cat([torch.logspace(-30, 2, 6001), torch.tensor([0.0, torch.inf, torch.nan])])
     values = torch.cat([values, -values])
-    exported = torch.export.export(Tanh(), (values,))
-    prepare(exported.graph)
-    exported.graph_module.recompile()
-    (found,) = exported.module()(values)
+    (found,) = prepared(Tanh(), values).module()(values)
     expected = torch.tanh(values.double())
     assert torch.equal(found.isnan(), expected.isnan())
     numbers = ~expected.isnan()

@@ -198,7 +198,7 @@ def test_grad_scaler_brings_small_gradients_through_half_precision(exported: Exp
         errors[name], _ = scaled_step(network, load(exported[0], **PAPER, seed=1), scaler, dtype)
     scaled, unscaled = (relative(errors[name], errors["expected"]) for name in ("scaled", "unscaled"))
     assert scaled < 2e-2
-    assert unscaled > 10 * scaled, (scaled, unscaled)
+    assert unscaled > 50 * scaled, (scaled, unscaled)
 
 
 def test_grad_scaler_skips_a_step(exported: Exported) -> None:
