@@ -268,7 +268,8 @@ def attention(
     k_v, k_d, k_u = _operands(tape, key)
     w_v, w_d, w_u = _operands(tape, value)
     logits = wide(q_v @ k_v.mT)
-    difference = tape.scaled(q_v @ k_d.mT + q_d @ k_u.mT)
+    # A sum of two products as one: it is rounded once, and there is one matrix of tokens by tokens less to move.
+    difference = tape.scaled(torch.cat([q_v, q_d], -1) @ torch.cat([k_d, k_u], -1).mT)
     p_v = logits.softmax(-1)
     p_u = (logits + difference).softmax(-1)
     t = torch.tanh((difference - difference.amax(-1, keepdim=True)) * 0.5)
@@ -286,14 +287,12 @@ def attention(
         of_p = wide(g @ w_u.mT)
         p = wide(p_u)
         of_logits = tape.narrow(p * (of_p - (p * of_p).sum(-1, keepdim=True)))
-        return of_logits @ k_u * factor, of_logits.mT @ q_u, p_u.mT @ g
+        # Of a product with a matrix of tokens by tokens transposed, the small one and the result are transposed instead:
+        # TensorRT would store the large one anew.
+        return of_logits @ k_u * factor, (q_u.mT @ of_logits).mT, (g.mT @ p_u).mT
 
-    return tape.record(
-        tape.narrow(p_v) @ w_v,
-        tape.narrow(p_v) @ w_d + tape.narrow(p_d) @ w_u,
-        [query, key, value],
-        back,
-    )
+    of_v, of_d = (tape.narrow(p_v) @ torch.cat([w_v, w_d], -1)).chunk(2, -1)
+    return tape.record(of_v, of_d + tape.narrow(p_d) @ w_u, [query, key, value], back)
 
 
 def _operands(tape: Tape, pair: Pair, factor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
