@@ -60,7 +60,8 @@ class Recompute(torch.autograd.Function):
     def forward(
         ctx: Any, noisy: Tensor, total: Tensor, timesteps: Tensor, cotangents: Cotangents, unet: TappedUNet
     ) -> Tensor:
-        ctx.save_for_backward(noisy, timesteps)
+        # A copy, because what was made in inference mode cannot be saved.
+        ctx.save_for_backward(noisy, timesteps.clone())
         ctx.cotangents, ctx.unet = cotangents, unet
         return total.clone()
 

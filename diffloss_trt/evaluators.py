@@ -38,7 +38,7 @@ from diffloss_trt.contract import (
 )
 from diffloss_trt.gradient import program_version, run_gradient_graph, trace_gradient
 from diffloss_trt.objective import Terms, combine, mean_square
-from diffloss_trt.probe import check_session, held_to
+from diffloss_trt.probe import check_evaluator, check_session, held_to
 from diffloss_trt.recheck import expect_alike, open_reference
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.unet import Features, TappedUNet, reload_unet
@@ -58,6 +58,8 @@ class Evaluator(Protocol):
     resolution_multiple: int
     # How many images are computed at a time: fewer take as long.
     batch_size: int
+    # Whether PyTorch's own tape leads from `total` to `restored`, and with it all that PyTorch can do with a tape.
+    on_tape: bool
 
     @property
     def resolution(self) -> tuple[int, int] | None:
@@ -127,13 +129,16 @@ class EagerEvaluator:
         self.schedule = unet.schedule
         self.channels = unet.channels
         self.resolution_multiple = unet.resolution_multiple
+        # In half precision it would carry cotangents of order 1e-9, which are flushed to zero.
+        self.on_tape = unet.dtype not in (torch.float16, torch.bfloat16)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
     def to(self, device: torch.device) -> Self:
         # Moving a module is done in place, and copies of the loss share this one.
-        return type(self)(copy.deepcopy(self.unet).to(device), device)
+        with torch.inference_mode(False):  # of weights made in it there could be no gradient later
+            return type(self)(copy.deepcopy(self.unet).to(device), device)
 
     def _features(self, noisy: Tensor, timesteps: Tensor, with_noise: bool) -> Features:
         return self.unet.features(noisy, timesteps, with_noise=with_noise)
@@ -141,8 +146,7 @@ class EagerEvaluator:
     def terms(
         self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
     ) -> Terms:
-        if self.unet.dtype in (torch.float16, torch.bfloat16):
-            # The tape would carry cotangents of order 1e-9, which half precision flushes to zero.
+        if not self.on_tape:
             return _recompute_terms(self._features, self.unet, restored, target, noise, timesteps, weights)
         with_noise = weights[0] > 0
         with torch.no_grad():
@@ -169,12 +173,6 @@ class _BundleEvaluator:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.bundle, self.backend, self.device)
-
-    def to(self, device: torch.device) -> Self:
-        return type(self)(self.bundle, self.backend, device)
-
     @property
     def dtype(self) -> torch.dtype:
         """The precision in which PyTorch runs the UNet, or what is traced of it."""
@@ -185,17 +183,14 @@ class _BundleEvaluator:
         )
         return PRECISIONS[self.bundle.precision] if as_stored else torch.float32
 
-    def _tapped(self) -> TappedUNet:
-        return TappedUNet(reload_unet(self.bundle, self.dtype, self.device), self.schedule)
-
-    def _open(self, name: str) -> Session:
-        return open_graph(self.bundle, name, backend=self.backend, device=self.device)
-
+    def _tapped(self, dtype: torch.dtype) -> TappedUNet:
+        return TappedUNet(reload_unet(self.bundle, dtype, self.device), self.schedule)
 
 class FusedEvaluator(_BundleEvaluator):
     """A bundle's gradient graphs: value and gradient come from the engine together, and no UNet runs in PyTorch."""
 
     backward = "fused"
+    on_tape = False
 
     def __init__(self, bundle: Bundle, backend: str, device: torch.device, *, cuda_graph: bool = False) -> None:
         super().__init__(bundle, backend, device)
@@ -224,18 +219,21 @@ class FusedEvaluator(_BundleEvaluator):
         return self.sessions[name]
 
     def _open_checked(self, name: str) -> Session:
-        graph = self.bundle.graphs[name]
-        if self.backend == "torch":
-            session: Session = TorchSession(self._trace(name)[0], graph.inputs, graph.outputs, self.device)
-        elif self.backend == "inductor":
-            session = open_compiled(*self.package(name), graph.inputs, graph.outputs, self.device)
-        else:
-            session = self._open(name)
-        if self.cuda_graph:
-            session = GraphedSession(session)
+        session = self.open(name)
         # A miscompiled engine must not train anyone's network, nor a UNet that is not the one that was exported.
         check_session(session, name, self.bundle)
         return session
+
+    def open(self, name: str) -> Session:
+        """Return a new session of a gradient graph, unchecked. Raises as `open_session` does."""
+        graph = self.bundle.graphs[name]
+        if self.backend == "torch":
+            session: Session = TorchSession(self.trace(name, self.dtype)[0], graph.inputs, graph.outputs, self.device)
+        elif self.backend == "inductor":
+            session = open_compiled(*self.package(name), graph.inputs, graph.outputs, self.device)
+        else:
+            session = open_graph(self.bundle, name, backend=self.backend, device=self.device)
+        return GraphedSession(session) if self.cuda_graph else session
 
     def package(self, name: str) -> tuple[dict[str, Any], Callable[[], bytes]]:
         """Return the key in the plan cache of what inductor makes of a gradient graph, and a function that makes it.
@@ -249,11 +247,11 @@ class FusedEvaluator(_BundleEvaluator):
             self.bundle.graphs[name].inputs,
             self.device,
         )
-        return key, lambda: compile_program(*self._trace(name))
+        return key, lambda: compile_program(*self.trace(name, self.dtype))
 
-    def _trace(self, name: str) -> tuple[nn.Module, list[Tensor]]:
+    def trace(self, name: str, dtype: torch.dtype) -> tuple[nn.Module, list[Tensor]]:
         """Return a gradient graph as a PyTorch module, and inputs like those that it takes."""
-        tapped = self._tapped()
+        tapped = self._tapped(dtype)
         program = trace_gradient(tapped, self.bundle.batch_size, self.bundle.resolution, with_noise=name == GRADIENT)
         return program.bind(tapped.unet.state_dict()), list(program.inputs.values())
 
@@ -290,14 +288,41 @@ def gradient_graph(weights: tuple[float, float]) -> str:
 
 
 class RecomputeEvaluator(_BundleEvaluator):
-    """A bundle's encoder and noise head on an engine; gradients by re-running the bundle's UNet in PyTorch."""
+    """A bundle's encoder and noise head on an engine; gradients by re-running the bundle's UNet in PyTorch.
+
+    With the backend "torch" the UNet runs forward in PyTorch too, in float32.
+    """
 
     backward = "recompute"
 
     def __init__(self, bundle: Bundle, backend: str, device: torch.device) -> None:
         super().__init__(bundle, backend, device)
-        self.sessions = {name: self._open(name) for name in (ENCODER, NOISE_HEAD)}
-        self.unet = self._tapped()
+        self.on_tape = backend == "torch"
+        if self.on_tape:
+            self.eager = EagerEvaluator(self._tapped(torch.float32), device)
+            self.batch_size = self.eager.batch_size
+        else:
+            self.sessions = {
+                name: open_graph(bundle, name, backend=backend, device=device) for name in (ENCODER, NOISE_HEAD)
+            }
+            self.unet = self._tapped(self.dtype)
+
+    @classmethod
+    def checked(cls, bundle: Bundle, backend: str, device: torch.device) -> Self:
+        """Return an evaluator that computes what the bundle has recorded.
+
+        Raises as `open_session` and `check_evaluator` do, and BundleError for a UNet that cannot be reloaded.
+        """
+        with torch.inference_mode(False):  # the check takes gradients, and weights made in it could have none later
+            evaluator = cls(bundle, backend, device)
+            check_evaluator(evaluator, bundle)
+        return evaluator
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.checked, (self.bundle, self.backend, self.device)
+
+    def to(self, device: torch.device) -> Self:
+        return self.checked(self.bundle, self.backend, device)
 
     def _features(self, noisy: Tensor, timesteps: Tensor, with_noise: bool) -> Features:
         # One batch at a time through both graphs: the skips between them are the largest tensors there are.
@@ -321,15 +346,6 @@ class RecomputeEvaluator(_BundleEvaluator):
     def terms(
         self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
     ) -> Terms:
+        if self.on_tape:
+            return self.eager.terms(restored, target, noise, timesteps, weights)
         return _recompute_terms(self._features, self.unet, restored, target, noise, timesteps, weights)
-
-
-def open_recomputing(bundle: Bundle, backend: str, device: torch.device) -> Evaluator:
-    """Return the evaluator of a bundle in which PyTorch makes the gradient; with "torch" it runs forward too.
-
-    Raises as `open_session` does, and BundleError for a UNet that cannot be reloaded.
-    """
-    if backend != "torch":
-        return RecomputeEvaluator(bundle, backend, device)
-    schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
-    return EagerEvaluator(TappedUNet(reload_unet(bundle, torch.float32, device), schedule), device)

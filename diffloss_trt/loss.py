@@ -32,13 +32,12 @@ from diffloss_trt.evaluators import (
     Evaluator,
     FusedEvaluator,
     Images,
+    RecomputeEvaluator,
     gradient_graph,
-    open_recomputing,
 )
 from diffloss_trt.inputs import SETTINGS, check_images, check_noise, check_range, check_settings, check_timesteps
 from diffloss_trt.nonfinite import nonfinite_images, nonfinite_results
 from diffloss_trt.objective import Terms, wide
-from diffloss_trt.probe import check_evaluator
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.unet import TappedUNet
 
@@ -240,9 +239,7 @@ class DiffLoss(nn.Module):
         if cuda_graph and not (fused and place.type == "cuda"):
             raise InputError("cuda_graph is for a CUDA device and backward='fused'")
         wanted = _Wanted(fused, cuda_graph, (naturalness_weight, semantic_weight))
-        with torch.inference_mode(False):  # the check takes gradients, and weights made in it could have none later
-            evaluator = _open(opened, backend, place, wanted)
-        return cls(evaluator, **settings)
+        return cls(_open(opened, backend, place, wanted), **settings)
 
     @property
     def device(self) -> torch.device:
@@ -349,9 +346,9 @@ class DiffLoss(nn.Module):
         evaluator = self.evaluator
         if generator is not None and not isinstance(generator, torch.Generator):
             raise InputTypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator")
-        if isinstance(evaluator, FusedEvaluator) and _is_transformed(restored):
+        if not evaluator.on_tape and _is_transformed(restored):
             raise InputTypeError(
-                "restored is what torch.func or forward-mode differentiation follows, which an engine cannot be; "
+                "restored is what torch.func or forward-mode differentiation follows, which this loss cannot be; "
                 "the loss has a gradient by backward() and torch.autograd.grad, and reduction='none' one of each sample"
             )
         with _counting:
@@ -381,7 +378,8 @@ class DiffLoss(nn.Module):
         else:
             check_timesteps(timesteps, batch, count, self.device, values=values)
         if noise is None:
-            noise = torch.randn(restored.shape, generator=generator, device=drawn_on).to(self.device)
+            noise = torch.randn(restored.shape, generator=generator, device=drawn_on, dtype=torch.float32)
+            noise = noise.to(self.device)
         else:
             check_noise(noise, restored)
         dtype = torch.promote_types(restored.dtype, torch.float32)
@@ -527,9 +525,7 @@ def _open(bundle: Bundle, backend: str, device: torch.device, wanted: _Wanted) -
         return evaluator
     if backend == "inductor":
         raise BackendUnavailableError("inductor compiles gradient graphs, and these alone: load with backward='fused'")
-    recomputing = open_recomputing(bundle, backend, device)
-    check_evaluator(recomputing, bundle)
-    return recomputing
+    return RecomputeEvaluator.checked(bundle, backend, device)
 
 
 def _fastest_first(bundle: Bundle, device: torch.device, fused: bool) -> tuple[str, ...]:

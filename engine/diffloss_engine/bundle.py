@@ -51,6 +51,9 @@ class Bundle:
         self._manifest = manifest
         self._verified: set[str] = set()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.path, _manifest_text(self._manifest))
+
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
         """Open the bundle in the folder `path`: its manifest and the list and sizes of its files, not yet their hashes.
@@ -140,6 +143,14 @@ class Bundle:
         return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
+def _reopen(path: Path, manifest: str) -> Bundle:
+    """Open a bundle that was pickled; its hashes are checked anew. Raises IntegrityError if it is another one by now."""
+    bundle = Bundle.open(path)
+    if _manifest_text(bundle._manifest) != manifest:
+        raise IntegrityError(f"{path} holds another bundle than it did when this was pickled: load that anew")
+    return bundle
+
+
 class BundleWriter:
     """Collects a bundle's files in a hidden folder beside `destination` and moves it there once it is complete.
 
@@ -222,9 +233,11 @@ class BundleWriter:
                 if path != MANIFEST
             }
             text = _manifest_text(Manifest(unet, resolution, batch_size, precision, by_name, files))
-            for path in files:
-                flush_to_disk(folder / path)
             (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
+            for path in files:
+                # safetensors lets nobody but its user read what it writes; a bundle is for whoever may read a new file.
+                shutil.copymode(folder / MANIFEST, folder / path)
+                flush_to_disk(folder / path)
             flush_to_disk(folder / MANIFEST)
             for parent in {(folder / path).parent for path in files} | {folder}:
                 flush_to_disk(parent)

@@ -223,16 +223,19 @@ def kept_or_built(cache: PlanCache, key: Key, build: Callable[[], Plan]) -> tupl
 
 def _serves(kept: Key, wanted: Key) -> bool:
     """Whether a plan can be tried where another one is wanted: options aside, and what its own make it portable to."""
-    options, free = kept.get("options", {}), {"options"}
-    if options.get("version_compatible"):
+    differing = {name for name in kept.keys() | wanted.keys() if kept.get(name) != wanted.get(name)} - {"options"}
+    if not differing <= {"version", "gpu"}:  # another flavour's keys say other things
+        return False
+    options = kept["options"]
+    if "version" in differing and options.get("version_compatible"):
         (major, *rest), (wanted_major, *wanted_rest) = (_numbers(key["version"]) for key in (kept, wanted))
         if major == wanted_major and rest <= wanted_rest:
-            free.add("version")
-    if options.get("hardware_compatibility"):
+            differing.remove("version")
+    if "gpu" in differing and options.get("hardware_compatibility"):
         here, there = (_numbers(key["gpu"]["compute_capability"]) for key in (wanted, kept))
         if here == there or (options["hardware_compatibility"] == "ampere-plus" and here >= [8, 0]):
-            free.add("gpu")
-    return all(kept.get(name) == wanted.get(name) for name in (kept.keys() | wanted.keys()) - free)
+            differing.remove("gpu")
+    return not differing
 
 
 def _numbers(dotted: str) -> list[int]:

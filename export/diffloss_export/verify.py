@@ -22,13 +22,10 @@ from diffloss_engine.torch_session import TorchSession
 from diffloss_export.programs import Program
 from diffloss_export.reference import Reference
 from diffloss_export.widened import widened_specs, write_widened
-from diffloss_trt.contract import GRADIENT, PRECISIONS, SCHEDULE, check_names
-from diffloss_trt.evaluators import FusedEvaluator, open_recomputing
-from diffloss_trt.gradient import trace_gradient
+from diffloss_trt.contract import PRECISIONS, check_names
+from diffloss_trt.evaluators import FusedEvaluator, RecomputeEvaluator
 from diffloss_trt.probe import CHECK_WEIGHTS, Result, deviations, held_to, run_evaluator, run_gradient, worst_ratio
-from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.tolerances import DIFFERENCE, FEATURE, PLAIN, PLAIN_DB, Tolerance
-from diffloss_trt.unet import TappedUNet, reload_unet
 
 # Backends that run no ONNX graphs.
 _PYTORCH = ("inductor", "torch")
@@ -106,7 +103,8 @@ def verify_bundle(
     widens = bundle.precision == "bf16" and device.type == "cpu"
     report = Report(backend=("torch" if widens else "onnxruntime") if backend == "auto" else backend)
     with TemporaryDirectory() as scratch:
-        replay = _Replay(report, bundle, device, Path(scratch), widens=widens)
+        asked = backend if backend in _PYTORCH else None
+        replay = _Replay(report, bundle, device, Path(scratch), widens=widens, program=asked)
         # A large UNet in float64 and an engine's copies of its weights do not fit into memory together: the reference
         # is gone when the gradient graphs, which need most, are opened.
         reference = reference or Reference.of_bundle(bundle)
@@ -126,7 +124,7 @@ def verify_bundle(
     on_stage("comparing loss and gradient of PyTorch's backward")
     backend = "torch" if report.backend in _PYTORCH else report.backend
     # Not `DiffLoss.load`, which refuses what is to be reported here.
-    evaluator = open_recomputing(bundle, backend, device)
+    evaluator = RecomputeEvaluator(bundle, backend, device)
     plain = PLAIN[held_to(evaluator, bundle)]
     rows = [index for index, (place, db) in enumerate(reference.places) if db <= PLAIN_DB and place in plain.places]
     for name, weights in CHECK_WEIGHTS.items():
@@ -137,15 +135,28 @@ def verify_bundle(
 
 
 class _Replay:
-    """Opens a bundle's graphs on the backend that the loss runs on; where that runs no graphs, on ONNX Runtime."""
+    """Opens a bundle's graphs on the backend that the loss runs on; where that runs no graphs, on ONNX Runtime.
 
-    def __init__(self, report: Report, bundle: Bundle, device: torch.device, scratch: Path, *, widens: bool) -> None:
+    program: the backend that was asked for, if it is one that runs no graphs.
+    """
+
+    def __init__(
+        self,
+        report: Report,
+        bundle: Bundle,
+        device: torch.device,
+        scratch: Path,
+        *,
+        widens: bool,
+        program: str | None,
+    ) -> None:
         self._report = report
         self._bundle = bundle
         self._device = device
         self._scratch = scratch
         self._backend = "onnxruntime" if report.backend in _PYTORCH else report.backend
         self._widens = widens
+        self._program = program
         self.precision = "fp32" if self._widens else bundle.precision
 
     def open(self, name: str) -> Session:
@@ -161,22 +172,19 @@ class _Replay:
         return open_session(widened, inputs, outputs, backend=self._backend, device=self._device)
 
     def open_gradient(self, name: str) -> Iterator[tuple[str, Session, str]]:
-        """Yield what to call it, a session, and the precision to hold it to; of a widened graph the program too."""
+        """Yield what to call it, a session, and the precision to hold it to; of what runs no graphs the program too.
+
+        And of a widened graph the program in the rounding that it lacks.
+        """
         yield name, self.open(name), self.precision
-        if self._report.backend == "inductor":
-            evaluator = FusedEvaluator(self._bundle, "inductor", self._device)
-            yield f"{name}, compiled by inductor", evaluator.session(name), held_to(evaluator, self._bundle)
-        elif self._widens:
-            graph, bundle = self._bundle.graphs[name], self._bundle
-            schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
-            tapped = TappedUNet(reload_unet(bundle, PRECISIONS[bundle.precision], self._device), schedule)
-            program = trace_gradient(tapped, bundle.batch_size, bundle.resolution, with_noise=name == GRADIENT)
-            run = program.bind(tapped.unet.state_dict())
-            yield (
-                f"{name}, run in PyTorch",
-                TorchSession(run, graph.inputs, graph.outputs, self._device),
-                bundle.precision,
-            )
+        bundle, graph = self._bundle, self._bundle.graphs[name]
+        if self._program is not None:
+            evaluator = FusedEvaluator(bundle, self._program, self._device)
+            yield f"{name}, run by {self._program}", evaluator.open(name), held_to(evaluator, bundle)
+        if self._widens and self._program != "inductor":
+            run, _ = FusedEvaluator(bundle, "torch", self._device).trace(name, PRECISIONS[bundle.precision])
+            session = TorchSession(run, graph.inputs, graph.outputs, self._device)
+            yield f"{name}, run in PyTorch", session, bundle.precision
 
 
 def _compare_graph(report: Report, program: Program, session: Session, tolerance: float) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,21 @@ def test_a_relative_path_is_that_of_the_folder_it_was_opened_in(
     monkeypatch.chdir(tmp_path / "elsewhere")
     opened.verify_hashes()
     assert opened.path == bundle.path
+
+
+def test_a_pickled_bundle_verifies_its_files_anew(bundle: Bundle) -> None:
+    bundle.verify_hashes()
+    pickled = pickle.dumps(bundle)
+    pickle.loads(pickled).verify_hashes()
+    weights = bundle.path / "conv.weights"
+    content = bytearray(weights.read_bytes())
+    content[5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"conv\.weights was altered"):
+        pickle.loads(pickled).verify_hashes()
+    edit(bundle, lambda manifest: manifest["files"]["conv.weights"].update(sha256=file_sha256(weights)))
+    with pytest.raises(IntegrityError, match="holds another bundle than it did when this was pickled"):
+        pickle.loads(pickled)
 
 
 def test_description_is_json_with_what_inspect_prints(bundle: Bundle) -> None:

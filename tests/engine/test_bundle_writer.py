@@ -50,6 +50,7 @@ def test_destination_is_empty_until_commit_and_readable_after(tmp_path: Path) ->
     destination = tmp_path / "bundle"
     with BundleWriter(destination) as writer:
         (writer.path / "a.bin").write_bytes(b"a")
+        (writer.path / "a.bin").chmod(0o600)  # as safetensors does
         assert writer.path.parent == tmp_path
         assert not destination.exists()
         bundle = commit(writer)
@@ -60,7 +61,10 @@ def test_destination_is_empty_until_commit_and_readable_after(tmp_path: Path) ->
             commit(writer)
     bundle.verify_hashes()
     (tmp_path / "ordinary").mkdir()
-    assert stat.S_IMODE(destination.stat().st_mode) == stat.S_IMODE((tmp_path / "ordinary").stat().st_mode)
+    (tmp_path / "ordinary" / "file").write_bytes(b"")
+    for made, ordinary in (("", ""), ("a.bin", "file"), ("manifest.json", "file")):
+        modes = (stat.S_IMODE(path.stat().st_mode) for path in (destination / made, tmp_path / "ordinary" / ordinary))
+        assert len(set(modes)) == 1
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])

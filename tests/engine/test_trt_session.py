@@ -78,13 +78,16 @@ TURING = {"name": "T4", "compute_capability": "7.5"}
         ({"hardware_compatibility": "ampere-plus"}, {"version": "11.5.0"}, False),
         ({"hardware_compatibility": "same-compute-capability"}, {"gpu": AMPERE | {"name": "A30"}}, True),
         ({"hardware_compatibility": "same-compute-capability"}, {"gpu": ADA}, False),
+        ({"hardware_compatibility": "ampere-plus"}, {"flavour": "tensorrt-rtx", "version": "1.7.1.116", "gpu": None}, False),
+        ({"version_compatible": True}, {"flavour": "inductor", "version": None, "torch": "2.13.0"}, False),
     ],
 )
 def test_a_plan_serves_where_it_was_built_to(
     options: dict[str, Any], changes: dict[str, Any], serves: bool, tmp_path: Path
 ) -> None:
     cache = PlanCache(tmp_path / "plans")
-    key = {"graph": "a" * 64, "version": "11.4.1.7", "gpu": AMPERE, "precision": "fp16", "options": options}
+    key = {"graph": "a" * 64, "flavour": "tensorrt", "version": "11.4.1.7", "gpu": AMPERE, "precision": "fp16"}
+    key |= {"options": options}
     cache.get(key, lambda: b"portable")
     wanted = key | {"options": {}} | changes
     assert kept_or_built(cache, wanted, lambda: b"own") == ((key, b"portable") if serves else (wanted, b"own"))

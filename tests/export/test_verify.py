@@ -25,6 +25,7 @@ from diffloss_trt.contract import (
     UNET_CONFIG,
     UNET_WEIGHTS,
 )
+from diffloss_trt.difference import RULES, group_norm
 from diffloss_trt.probe import Probe
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.tolerances import DIFFERENCE, PLAIN, Tolerance
@@ -42,8 +43,21 @@ def test_every_backend_agrees_with_float64(bundle: Bundle, backend: str) -> None
     report = verify_bundle(bundle, backend=backend)
     report.raise_for_failure()
     assert report.backend == ("torch" if backend == "torch" else "onnxruntime")
-    # Where the loss runs no graphs, the graphs are replayed all the same.
-    assert {ENCODER, NOISE_HEAD, GRADIENT, SEMANTIC_GRADIENT, *RECOMPUTED} == {row.check for row in report.rows}
+    # Where the loss runs no graphs, the graphs are replayed all the same, and what it runs instead.
+    program = {f"{name}, run by torch" for name in (GRADIENT, SEMANTIC_GRADIENT)} if backend == "torch" else set()
+    assert {ENCODER, NOISE_HEAD, GRADIENT, SEMANTIC_GRADIENT, *RECOMPUTED} | program == {
+        row.check for row in report.rows
+    }
+
+
+def test_the_program_that_torch_runs_is_checked(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it differs from the graph, which was made of the same rules."""
+    right = RULES[group_norm]
+    monkeypatch.setitem(RULES, group_norm, lambda tape, x, groups, gain, *more, **options: right(
+        tape, x, groups, gain * 1.01, *more, **options
+    ))  # fmt: skip
+    program = {f"{name}, run by torch" for name in (GRADIENT, SEMANTIC_GRADIENT)}
+    assert failed(verify_bundle(bundle, backend="torch")) == program
 
 
 def test_errors_are_of_the_size_of_the_precision(exported: Callable[..., Exported]) -> None:

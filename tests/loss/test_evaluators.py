@@ -7,6 +7,7 @@ import pickle
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import BackendError, BackendUnavailableError, BundleError
+from diffloss_engine.bundle import Bundle, file_sha256
+from diffloss_engine.errors import (
+    BackendError,
+    BackendUnavailableError,
+    BundleError,
+    InputError,
+    IntegrityError,
+    ParityError,
+)
+from diffloss_engine.tensor_files import load_tensors, save_tensors
 from diffloss_export.verify import verify_bundle
 from diffloss_trt import DiffLoss, NoiseSchedule
 from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
@@ -298,12 +307,18 @@ def test_semantic_term_alone_does_not_run_the_noise_head(exported: Exported, bat
     assert calls == ENCODER_ONLY
 
 
-def test_copies_share_sessions_and_pickles_open_their_own(exported: Exported, batch: Batch) -> None:
-    loss, _ = losses(exported, "onnxruntime", semantic_weight=0.5)
+@pytest.mark.parametrize(
+    ("backend", "backward"), [("onnxruntime", "fused"), ("onnxruntime", "recompute"), ("torch", "recompute")]
+)
+def test_copies_share_sessions_and_pickles_open_their_own(
+    exported: Exported, batch: Batch, backend: str, backward: str
+) -> None:
+    loss, _ = losses(exported, backend, semantic_weight=0.5, backward=backward)
     copied = copy.deepcopy(loss)
     pickled = pickle.dumps(loss)
     assert len(pickled) < 20_000  # the bundle's address, not its weights
-    again = pickle.loads(pickled)
+    with torch.inference_mode():  # in which it does not stay
+        again = pickle.loads(pickled)
     assert copied.evaluator is loss.evaluator
     assert again.evaluator is not loss.evaluator
     value, gradient = value_and_gradient(loss, batch, torch.float32)
@@ -311,6 +326,45 @@ def test_copies_share_sessions_and_pickles_open_their_own(exported: Exported, ba
         other_value, other_gradient = value_and_gradient(other, batch, torch.float32)
         assert torch.equal(other_value, value)
         assert torch.equal(other_gradient, gradient)
+
+
+def test_what_a_pickle_finds_is_checked_anew(exported: Exported, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported[0], tmp_path / "bundle")
+    pickled = pickle.dumps(DiffLoss.load(folder, "onnxruntime", "cpu", backward="recompute"))
+    pickle.loads(pickled)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    before = load_tensors(weights)
+    save_tensors({name: tensor * 1.01 for name, tensor in before.items()}, weights)
+
+    def rehash(manifest: dict[str, Any]) -> None:
+        manifest["files"]["unet/diffusion_pytorch_model.safetensors"]["sha256"] = file_sha256(weights)
+
+    with pytest.raises(IntegrityError, match="was altered"):
+        pickle.loads(pickled)
+    edit_json(folder / "manifest.json", rehash)  # as an export of other weights to the same place would leave it
+    with pytest.raises(IntegrityError, match="another bundle than it did when this was pickled"):
+        pickle.loads(pickled)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_a_recompute_loss_is_checked_wherever_it_is_opened(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    loss = DiffLoss.load(exported[0], backend, "cpu", backward="recompute")
+    pickled = pickle.dumps(loss)
+    strict = replace(PLAIN["fp32"], gradient=1e-12)
+    monkeypatch.setitem(PLAIN, "fp32", strict)
+    for opened in (lambda: pickle.loads(pickled), lambda: loss.evaluator.to(torch.device("cpu"))):
+        with pytest.raises(ParityError, match="gradient is off by"):
+            opened()
+
+
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
+def test_images_have_the_size_of_the_bundle_in_pytorch_too(exported: Exported, backward: str) -> None:
+    loss = DiffLoss.load(exported[0], "torch", "cpu", backward=backward)
+    height, width = loss.resolution or (0, 0)
+    with pytest.raises(InputError, match="the bundle's size"):
+        loss(torch.rand(1, 3, 2 * height, width), torch.rand(1, 3, 2 * height, width))
 
 
 @pytest.mark.parametrize(

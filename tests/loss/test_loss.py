@@ -386,6 +386,24 @@ def test_another_default_device_changes_nothing(
 
 
 @pytest.mark.parametrize("backward", ["fused", "recompute"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_another_default_dtype_changes_nothing(
+    backend: str, backward: str, exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]
+) -> None:
+    restored, target, *_ = make_batch(dtype=torch.float32)
+    found = []
+    for dtype in (torch.float64, torch.bfloat16, torch.float32):
+        torch.set_default_dtype(dtype)
+        try:
+            loss = DiffLoss.load(exported[0], backend, "cpu", backward=backward, value_range=(-1, 1), seed=0)
+            found.append(loss(restored, target))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[2])
+
+
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
 def test_what_is_loaded_for_inference_trains(
     backward: str, exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]
 ) -> None:
@@ -412,12 +430,20 @@ def test_a_path_may_begin_at_home(exported: tuple[Path, Any, NoiseSchedule], mon
     ],
     ids=["grad", "vmap", "jvp"],
 )
+@pytest.mark.parametrize("computed_by", ["fused", "recompute", "a UNet in half precision"])
 # torch 2.13: its first forward-mode derivative scripts functions of its own.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-def test_what_would_follow_the_engine_is_refused(
-    transform: Callable[..., Any], exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]
+def test_what_would_follow_what_is_on_no_tape_is_refused(
+    transform: Callable[..., Any],
+    computed_by: str,
+    exported: tuple[Path, Any, NoiseSchedule],
+    make_batch: Callable[..., Batch],
 ) -> None:
-    loss = DiffLoss.load(exported[0], "onnxruntime", "cpu", value_range=(-1, 1))
+    folder, unet, schedule = exported
+    if computed_by in ("fused", "recompute"):
+        loss = DiffLoss.load(folder, "onnxruntime", "cpu", backward=computed_by, value_range=(-1, 1))
+    else:
+        loss = DiffLoss.from_unet(copy.deepcopy(unet).bfloat16(), schedule, value_range=(-1, 1))
     restored, target, *_ = make_batch(count=4, dtype=torch.float32)
     with pytest.raises(InputTypeError, match=r"torch\.func or forward-mode"):
         transform(lambda images: loss(images, target[: len(images)]), restored)
