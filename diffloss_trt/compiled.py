@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffloss_engine.errors import BackendError, InputError
 from diffloss_trt.autograd import attach
-from diffloss_trt.inputs import TARGET_REQUIRES_GRAD
+from diffloss_trt.inputs import NOISE_REQUIRES_GRAD, TARGET_REQUIRES_GRAD
 from diffloss_trt.objective import Terms
 
 if TYPE_CHECKING:
@@ -38,8 +38,13 @@ def compiled_terms(
     """
     # Two equal calls would be taken for one, in spite of the tag (torch 2.13), if each had not a tensor of its own.
     call = torch.empty(0, device=restored.device)
+    refused = ""
+    if target.requires_grad:
+        refused = TARGET_REQUIRES_GRAD
+    elif noise is not None and noise.requires_grad:
+        refused = NOISE_REQUIRES_GRAD
     *terms, gradient = _value_and_gradient(
-        restored.detach(), target.detach(), timesteps, noise, call, target.requires_grad, handle
+        restored.detach(), target.detach(), timesteps, None if noise is None else noise.detach(), call, refused, handle
     )
     return attach(Terms(*terms), loss.centred(restored), gradient)
 
@@ -56,15 +61,15 @@ def _value_and_gradient(
     timesteps: Tensor | None,
     noise: Tensor | None,
     call: Tensor,
-    target_requires_grad: bool,
+    refused: str,
     handle: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return total, naturalness, semantic [B], and the gradient of total with respect to `restored` in [-1, 1]."""
     loss = _losses.get(handle)
     if loss is None:
         raise BackendError("the DiffLoss that this graph was compiled with is gone")
-    if target_requires_grad:
-        raise InputError(TARGET_REQUIRES_GRAD)
+    if refused:
+        raise InputError(refused)
     terms, gradient = loss.evaluate(loss.prepare(restored, target, timesteps, noise))
     assert gradient is not None  # as a FusedEvaluator computes it
     # Compiled graphs expect the layout that is promised below; channels-last images may give another.
@@ -79,7 +84,7 @@ def _(
     timesteps: Tensor | None,
     noise: Tensor | None,
     call: Tensor,
-    target_requires_grad: bool,
+    refused: str,
     handle: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total, naturalness, semantic = (restored.new_empty(restored.shape[0], dtype=torch.float32) for _ in range(3))

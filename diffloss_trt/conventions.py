@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffloss_engine.errors import InputError, InputTypeError
-from diffloss_trt.inputs import check_weight
+from diffloss_trt.inputs import check_choice, check_weight
 from diffloss_trt.loss import DiffLoss
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -24,8 +24,8 @@ class DiffLossCriterion(nn.Module):
         data_range: images are in [0, data_range].
         options: more options of `DiffLoss.load`, such as `naturalness_weight` and `backend`.
 
-    Raises InputError for a reduction that there is not, InputTypeError for a `value_range`, or a `data_range` that is
-    no number, and as `DiffLoss.load` does.
+    Raises InputError for a reduction that there is not or a `data_range` of 0, InputTypeError for a `value_range`, or a
+    `data_range` that is no number, and as `DiffLoss.load` does.
     """
 
     lower_better = True
@@ -41,15 +41,20 @@ class DiffLossCriterion(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if reduction not in REDUCTIONS:
-            raise InputError(f"reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
         if "value_range" in options:
             raise InputTypeError("value_range is no option here: images are in [0, data_range], so give data_range")
-        self.loss_weight = check_weight("loss_weight", loss_weight)
+        self.loss_weight = loss_weight
         self.reduction = reduction
-        self.loss_fn = DiffLoss.load(
-            bundle, reduction="none", value_range=(0.0, check_weight("data_range", data_range)), **options
-        )
+        if not (brightest := check_weight("data_range", data_range)):
+            raise InputError("data_range is 0; expected the value of white, such as 1.0 or 255")
+        self.loss_fn = DiffLoss.load(bundle, reduction="none", value_range=(0.0, brightest), **options)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "loss_weight":
+            value = check_weight(name, value)
+        elif name == "reduction":
+            value = check_choice(name, value, REDUCTIONS)
+        super().__setattr__(name, value)
 
     def forward(self, x: Tensor, y: Tensor, **draws: Any) -> Tensor:
         """Return the loss of `x` beside the ground truth `y`, both [B, C, H, W]; for `draws` see `DiffLoss.terms`."""

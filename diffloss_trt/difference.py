@@ -287,8 +287,8 @@ def attention(
         of_p = wide(g @ w_u.mT)
         p = wide(p_u)
         of_logits = tape.narrow(p * (of_p - (p * of_p).sum(-1, keepdim=True)))
-        # Of a product with a matrix of tokens by tokens transposed, the small one and the result are transposed instead:
-        # TensorRT would store the large one anew.
+        # Where a matrix of tokens by tokens were to be transposed, the other factor and the result are: TensorRT would
+        # store the large one anew.
         return of_logits @ k_u * factor, (q_u.mT @ of_logits).mT, (g.mT @ p_u).mT
 
     of_v, of_d = (tape.narrow(p_v) @ torch.cat([w_v, w_d], -1)).chunk(2, -1)

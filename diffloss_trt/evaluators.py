@@ -186,6 +186,7 @@ class _BundleEvaluator:
     def _tapped(self, dtype: torch.dtype) -> TappedUNet:
         return TappedUNet(reload_unet(self.bundle, dtype, self.device), self.schedule)
 
+
 class FusedEvaluator(_BundleEvaluator):
     """A bundle's gradient graphs: value and gradient come from the engine together, and no UNet runs in PyTorch."""
 

@@ -21,6 +21,9 @@ RESTORED_OVERSHOOT = 25.0
 # The share of `value_range` below which a pair of batches is taken for one in another range, as [0, 1] is in [0, 255].
 NARROW = 1 / 50
 TARGET_REQUIRES_GRAD = "target requires grad; the loss has no gradient for it: pass target.detach()"
+NOISE_REQUIRES_GRAD = "noise requires grad; the loss has no gradient for it: pass noise.detach()"
+# What can be widened to float32 without a loss, and float64.
+_IMAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_weight(name: str, value: Any) -> float:
@@ -42,9 +45,10 @@ def check_range(name: str, value: Any) -> tuple[float, float]:
     return low, high
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, str]) -> Any:
-    if value not in choices:
-        raise InputError(f"{name} is {value!r}; expected {choices[0]!r} or {choices[1]!r}")
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Check that a setting is one of a few words."""
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"{name} is {value!r}; expected {' or '.join(map(repr, choices))}")
     return value
 
 
@@ -64,10 +68,10 @@ def _check_integer(name: str, value: Any, least: int) -> int | None:
 SETTINGS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
     "naturalness_weight": check_weight,
     "semantic_weight": check_weight,
-    "reduction": functools.partial(_check_choice, choices=("mean", "none")),
+    "reduction": functools.partial(check_choice, choices=("mean", "none")),
     "value_range": check_range,
     "seed": functools.partial(_check_integer, least=0),
-    "nonfinite": functools.partial(_check_choice, choices=("error", "skip")),
+    "nonfinite": functools.partial(check_choice, choices=("error", "skip")),
     "check_every": functools.partial(_check_integer, least=1),
 }
 
@@ -81,8 +85,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 def _check_tensor(name: str, image: Tensor, shape: Sequence[int], device: torch.device, hint: str = "") -> None:
     if not isinstance(image, Tensor):
         raise InputTypeError(f"{name} is a {type(image).__name__}; expected a torch.Tensor")
-    if not image.is_floating_point():
-        raise InputTypeError(f"{name} has dtype {image.dtype}; expected a floating-point dtype")
+    if image.dtype not in _IMAGE_DTYPES:
+        raise InputTypeError(f"{name} has dtype {image.dtype}; expected a floating-point dtype of 16, 32 or 64 bits")
     if list(image.shape) != list(shape):
         raise InputError(f"{name} has shape {list(image.shape)}; expected {list(shape)}{hint}")
     if image.device != device:
@@ -167,7 +171,7 @@ def check_noise(noise: Tensor, restored: Tensor) -> None:
     """Check that `noise` is a floating-point tensor like `restored`, without gradient."""
     _check_tensor("noise", noise, restored.shape, restored.device)
     if noise.requires_grad:
-        raise InputError("noise requires grad; the loss has no gradient for it: pass noise.detach()")
+        raise InputError(NOISE_REQUIRES_GRAD)
 
 
 def check_timesteps(timesteps: Tensor, batch: int, count: int, device: torch.device, *, values: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import threading
@@ -127,6 +128,10 @@ class DiffLoss(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._handle = register(self)
 
+    def __copy__(self) -> Self:
+        # A module's own shares its submodules, and with them the draws.
+        return copy.deepcopy(self)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         # The checkpoint of a training with a seed is to be taken without one.
         if self.draws is None and state_dict.pop(f"{prefix}draws._extra_state", None) is not None:
@@ -216,6 +221,7 @@ class DiffLoss(nn.Module):
             BundleError: the folder is no bundle, or was written by a newer version.
             IntegrityError: a file of the bundle is missing, was altered, or does not belong to it.
             BackendUnavailableError: the backend cannot run here.
+            BackendError: the backend begins, and fails: a build, for instance, or for want of memory.
             ParityError: on the images that the bundle carries, the backend's results are wrong.
             InputError, InputTypeError: a setting cannot be used.
         """
@@ -415,7 +421,7 @@ class DiffLoss(nn.Module):
         if not call.looked_at:
             return terms, gradient
         if found := nonfinite_results(terms, gradient):
-            self._report(call.number, *self._cause(call, found))
+            self._report(call.number, BackendError, self._cause(call, found))
             return _constant(call, math.nan)
         if self.check_every is not None and call.number % self.check_every == 0:
             assert isinstance(evaluator, FusedEvaluator)  # see `__setattr__`
@@ -423,16 +429,17 @@ class DiffLoss(nn.Module):
             evaluator.check(call.number, call.images, self.weights, terms, gradient)
         return terms, gradient
 
-    def _cause(self, call: Call, found: str) -> tuple[type[DiffLossError], str]:
-        """Return the error for results that are not finite, and what it says."""
+    def _cause(self, call: Call, found: str) -> str:
+        """Return what is to be said of results that are not finite. Raises InputError if the caller's noise is not."""
         noise = call.images[2]
         if not bool(noise.isfinite().all()):
-            return InputError, f"noise holds NaN or infinite values {nonfinite_images(noise)}"
+            where = nonfinite_images(noise)
+            raise InputError(f"call {call.number:,} of this loss: noise holds NaN or infinite values {where}")
         evaluator = self.evaluator
         what = f"{evaluator.backend} on {evaluator.device} returned NaN or infinity for finite images: {found}"
         if isinstance(evaluator, FusedEvaluator) and evaluator.bundle.precision == "fp16":
             what += "; fp16 ends at 65504, so export this model with --precision bf16 or fp32"
-        return BackendError, what
+        return what
 
     def _report(self, number: int, error: type[DiffLossError], what: str) -> None:
         if self.nonfinite == "error":

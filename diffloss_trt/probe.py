@@ -22,7 +22,7 @@ from diffloss_trt.contract import (
     SEMANTIC_GRADIENT,
 )
 from diffloss_trt.gradient import run_gradient_graph
-from diffloss_trt.tolerances import DIFFERENCE, PLAIN, PLAIN_DB, Tolerance
+from diffloss_trt.tolerances import DIFFERENCE, PLAIN, PLAIN_DB, PLAIN_PLACES, Tolerance
 
 if TYPE_CHECKING:
     from diffloss_trt.evaluators import Evaluator, FusedEvaluator
@@ -204,9 +204,9 @@ def check_evaluator(evaluator: Evaluator, bundle: Bundle) -> None:
     if found is None:
         return
     probe, expected = found
-    tolerance = PLAIN[held_to(evaluator, bundle)]
+    precision = held_to(evaluator, bundle)
     last = len(evaluator.schedule) - 1
-    places = {round(place * last) for place in tolerance.places}
+    places = {round(place * last) for place in PLAIN_PLACES[precision]}
     distances = (probe.restored - probe.target).square().flatten(1).mean(1)
     # One restored image is drawn at PLAIN_DB; of its noise, the mean square is not exactly what was asked for.
     near = 0.5 * 4 * 10 ** (-PLAIN_DB / 10)
@@ -226,7 +226,7 @@ def check_evaluator(evaluator: Evaluator, bundle: Bundle) -> None:
     except Exception as error:
         raise BundleError(f"{bundle.path}: its UNet cannot be run: {error}") from error
     what = f"{evaluator.backend} on {evaluator.device} computes the loss"
-    _expect_within(what, result, expected_there, tolerance)
+    _expect_within(what, result, expected_there, PLAIN[precision])
 
 
 def held_to(runs: Session | Evaluator | FusedEvaluator, bundle: Bundle) -> str:

@@ -36,7 +36,6 @@ def expect_alike(what: str, found: tuple[Terms, Tensor], expected: tuple[Terms, 
         term=MARGIN * strict.term,
         gradient=MARGIN * strict.gradient,
         cosine=1 - MARGIN * (1 - strict.cosine),
-        places=strict.places,
     )
     if beyond := first_beyond(Result.of(*found), Result.of(*expected), allowed):
         raise ParityError(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffloss_engine.errors import BundleError, InputError, ModelError
+from diffloss_engine.errors import BundleError, InputError, InputTypeError, ModelError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -35,6 +35,7 @@ class NoiseSchedule:
     ) -> None:
         if prediction_type not in PREDICTION_TYPES:
             raise InputError(f"prediction_type is {prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}")
+        _expect_tensor("alphas_cumprod", alphas_cumprod)
         table = alphas_cumprod.detach().to("cpu", torch.float64)
         if table.ndim != 1 or len(table) == 0:
             raise InputError(f"alphas_cumprod has shape {list(table.shape)}; expected [T] with T >= 1")
@@ -43,6 +44,7 @@ class NoiseSchedule:
         if prediction_type == "sample" and bool((table == 1).any()):
             raise InputError("alphas_cumprod contains 1, where a predicted sample says nothing of the noise")
         if unet_timesteps is not None:
+            _expect_tensor("unet_timesteps", unet_timesteps)
             unet_timesteps = unet_timesteps.detach().to("cpu", torch.float64)
             usable = unet_timesteps.isfinite() & (unet_timesteps >= 0)
             if unet_timesteps.shape != table.shape or not bool(usable.all()):
@@ -135,3 +137,8 @@ class NoiseSchedule:
         if self.prediction_type == "v_prediction":
             return signal_scale * prediction + noise_scale * noisy
         return (noisy - signal_scale * prediction) / noise_scale
+
+
+def _expect_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise InputTypeError(f"{name} is a {type(value).__name__}; expected a torch.Tensor")

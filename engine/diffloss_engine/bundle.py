@@ -144,7 +144,7 @@ class Bundle:
 
 
 def _reopen(path: Path, manifest: str) -> Bundle:
-    """Open a bundle that was pickled; its hashes are checked anew. Raises IntegrityError if it is another one by now."""
+    """Open a bundle that was pickled; hashes are checked anew. Raises IntegrityError if it is another one by now."""
     bundle = Bundle.open(path)
     if _manifest_text(bundle._manifest) != manifest:
         raise IntegrityError(f"{path} holds another bundle than it did when this was pickled: load that anew")

@@ -25,7 +25,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 # Memory is asked for by these numbers before anything else could tell that they are not meant.
-_LONGEST_SIDE, _LARGEST_BATCH = 16_384, 4_096
+LONGEST_SIDE, LARGEST_BATCH = 16_384, 4_096
 
 
 class FileEntry(NamedTuple):
@@ -112,10 +112,10 @@ class Manifest:
         manifest = cls(
             unet=_expect_unet(fields["unet"]),
             resolution=(
-                _expect_up_to(_LONGEST_SIDE, resolution[0], "height"),
-                _expect_up_to(_LONGEST_SIDE, resolution[1], "width"),
+                _expect_up_to(LONGEST_SIDE, resolution[0], "height"),
+                _expect_up_to(LONGEST_SIDE, resolution[1], "width"),
             ),
-            batch_size=_expect_up_to(_LARGEST_BATCH, fields["batch_size"], "batch_size"),
+            batch_size=_expect_up_to(LARGEST_BATCH, fields["batch_size"], "batch_size"),
             precision=precision,
             graphs={
                 name: Graph.from_json(name, graph)

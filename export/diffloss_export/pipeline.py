@@ -13,6 +13,7 @@ import torch
 
 from diffloss_engine.bundle import Bundle, BundleWriter, Graph, file_sha256
 from diffloss_engine.errors import InputError, ModelError
+from diffloss_engine.manifest import LARGEST_BATCH, LONGEST_SIDE
 from diffloss_engine.tensor_files import save_tensors
 from diffloss_export.onnx_write import WeightFile, write_graph
 from diffloss_export.programs import blank_feature_programs, trace
@@ -75,8 +76,8 @@ def export_bundle(
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    if batch_size < 1:
-        raise InputError(f"batch size is {batch_size}; expected at least 1")
+    if not 1 <= batch_size <= LARGEST_BATCH:
+        raise InputError(f"batch size is {batch_size}; expected 1 to {LARGEST_BATCH}")
     activation = model.unet.config.act_fn
     if activation not in ("silu", "swish"):
         raise ModelError(f"the UNet has act_fn {activation!r}; expected 'silu', the only one that can be exported")
@@ -143,10 +144,10 @@ def check_resolution(tapped: TappedUNet, resolution: tuple[int, int] | None) -> 
             raise InputError("the UNet's configuration has no sample_size: a resolution (--resolution) must be given")
         resolution = (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
     multiple = tapped.resolution_multiple
-    if any(side < 1 or side % multiple for side in resolution):
+    if any(not 1 <= side <= LONGEST_SIDE or side % multiple for side in resolution):
         raise InputError(
             f"resolution is {resolution[0]}x{resolution[1]}; "
-            f"this UNet takes heights and widths that are multiples of {multiple}"
+            f"this UNet takes heights and widths that are multiples of {multiple}, up to {LONGEST_SIDE}"
         )
     return resolution
 

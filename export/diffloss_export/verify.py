@@ -25,7 +25,7 @@ from diffloss_export.widened import widened_specs, write_widened
 from diffloss_trt.contract import PRECISIONS, check_names
 from diffloss_trt.evaluators import FusedEvaluator, RecomputeEvaluator
 from diffloss_trt.probe import CHECK_WEIGHTS, Result, deviations, held_to, run_evaluator, run_gradient, worst_ratio
-from diffloss_trt.tolerances import DIFFERENCE, FEATURE, PLAIN, PLAIN_DB, Tolerance
+from diffloss_trt.tolerances import DIFFERENCE, FEATURE, PLAIN, PLAIN_DB, PLAIN_PLACES, Tolerance
 
 # Backends that run no ONNX graphs.
 _PYTORCH = ("inductor", "torch")
@@ -125,12 +125,13 @@ def verify_bundle(
     backend = "torch" if report.backend in _PYTORCH else report.backend
     # Not `DiffLoss.load`, which refuses what is to be reported here.
     evaluator = RecomputeEvaluator(bundle, backend, device)
-    plain = PLAIN[held_to(evaluator, bundle)]
-    rows = [index for index, (place, db) in enumerate(reference.places) if db <= PLAIN_DB and place in plain.places]
+    precision = held_to(evaluator, bundle)
+    places = PLAIN_PLACES[precision]
+    rows = [index for index, (place, db) in enumerate(reference.places) if db <= PLAIN_DB and place in places]
     for name, weights in CHECK_WEIGHTS.items():
         found = run_evaluator(evaluator, reference.probe.part(rows), weights, torch.float32)
         check = "recomputed loss" if weights[0] else "recomputed semantic loss alone"
-        _compare(report, check, found, reference.expected[name].part(rows), plain)
+        _compare(report, check, found, reference.expected[name].part(rows), PLAIN[precision])
     return report
 
 

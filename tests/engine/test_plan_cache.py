@@ -253,3 +253,12 @@ def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_folder() == Path("/scratch/cache/diffloss-trt")
     monkeypatch.setenv("DIFFLOSS_CACHE", "/plans")
     assert default_folder() == Path("/plans")
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DIFFLOSS_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    # As in a container that runs as a user of no passwd entry.
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)
+    with pytest.raises(InputError, match="no home directory to keep plans in: set DIFFLOSS_CACHE"):
+        default_folder()

@@ -78,7 +78,7 @@ TURING = {"name": "T4", "compute_capability": "7.5"}
         ({"hardware_compatibility": "ampere-plus"}, {"version": "11.5.0"}, False),
         ({"hardware_compatibility": "same-compute-capability"}, {"gpu": AMPERE | {"name": "A30"}}, True),
         ({"hardware_compatibility": "same-compute-capability"}, {"gpu": ADA}, False),
-        ({"hardware_compatibility": "ampere-plus"}, {"flavour": "tensorrt-rtx", "version": "1.7.1.116", "gpu": None}, False),
+        ({"hardware_compatibility": "ampere-plus"}, {"flavour": "tensorrt-rtx", "version": "1.7", "gpu": None}, False),
         ({"version_compatible": True}, {"flavour": "inductor", "version": None, "torch": "2.13.0"}, False),
     ],
 )

@@ -192,8 +192,8 @@ def test_wrong_usage_is_one_line(run: Run, arguments: list[str], message: str) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch-size", 0], "batch size is 0; expected at least 1"),
-        (["--batch-size", -3], "batch size is -3; expected at least 1"),
+        (["--batch-size", 0], "batch size is 0; expected 1 to 4096"),
+        (["--batch-size", -3], "batch size is -3; expected 1 to 4096"),
         (["--resolution", 17], "resolution is 17x17; this UNet takes heights and widths that are multiples of 8"),
         (["--resolution", "16x9"], "resolution is 16x9; this UNet takes heights and widths that are multiples of 8"),
         (["--resolution", 0], "resolution is 0x0"),

@@ -170,7 +170,7 @@ def test_source_leaves_no_trace(exported: Callable[..., Exported]) -> None:
 
 
 def test_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    impossible = tolerances.Tolerance(term=1e-30, gradient=1e-30, cosine=0.9, places=(0.5,))
+    impossible = tolerances.Tolerance(term=1e-30, gradient=1e-30, cosine=0.9)
     monkeypatch.setitem(tolerances.PLAIN, "fp32", impossible)
     with pytest.raises(ParityError, match=r"the error against float64 is .*, allowed 1e-30"):
         export_bundle(make_model(), tmp_path / "bundle", batch_size=1)
@@ -182,7 +182,7 @@ def test_failed_check_leaves_the_bundle_that_was_to_be_replaced(
 ) -> None:
     folder = copied()
     before = contents(folder)
-    impossible = tolerances.Tolerance(term=1e-30, gradient=1e-30, cosine=0.9, places=(0.5,))
+    impossible = tolerances.Tolerance(term=1e-30, gradient=1e-30, cosine=0.9)
     monkeypatch.setitem(tolerances.PLAIN, "fp32", impossible)
     with pytest.raises(ParityError):
         export_bundle(make_model(), folder, batch_size=1, overwrite=True)
@@ -229,7 +229,9 @@ def test_another_activation_is_refused_before_any_work(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"precision": "int8"}, "precision is 'int8'; expected one of fp32, fp16, bf16"),
-        ({"batch_size": 0}, "batch size is 0; expected at least 1"),
+        ({"batch_size": 0}, "batch size is 0; expected 1 to 4096"),
+        ({"batch_size": 4097}, "batch size is 4097; expected 1 to 4096"),
+        ({"resolution": (16, 16386)}, "resolution is 16x16386; .*multiples of 2, up to 16384"),
         ({"resolution": (16, 17)}, "resolution is 16x17; .*multiples of 2"),
         ({"resolution": (0, 16)}, "resolution is 0x16; .*multiples of 2"),
     ],

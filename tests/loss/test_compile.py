@@ -208,6 +208,8 @@ def test_images_are_checked_when_the_graph_runs(exported: Exported, network: nn.
         compiled(degraded, target, timesteps=torch.tensor([0, 1, 1000]))
     with pytest.raises(InputError, match=r"target requires grad; .*pass target\.detach\(\)"):
         compiled(degraded, target.clone().requires_grad_())
+    with pytest.raises(InputError, match=r"noise requires grad; .*pass noise\.detach\(\)"):
+        compiled(degraded, target, noise=torch.randn(3, 3, 16, 16).requires_grad_())
 
 
 def test_a_copy_is_a_loss_of_its_own(exported: Exported, network: nn.Module) -> None:
@@ -239,11 +241,11 @@ def test_the_operation_meets_what_torch_asks_of_one(exported: Exported) -> None:
     operation = torch.ops.diffloss_trt.value_and_gradient.default
     for one_and_all in (images(), images(1)):
         drawn = tuple(tensor[: len(one_and_all[0])] for tensor in given)
-        torch.library.opcheck(operation, (*one_and_all, *drawn, torch.empty(0), False, loss._handle))
+        torch.library.opcheck(operation, (*one_and_all, *drawn, torch.empty(0), "", loss._handle))
     del loss
     gc.collect()
     with pytest.raises(BackendError, match="the DiffLoss that this graph was compiled with is gone"):
-        operation(degraded, target, *given, torch.empty(0), False, load(exported)._handle - 1)
+        operation(degraded, target, *given, torch.empty(0), "", load(exported)._handle - 1)
 
 
 @pytest.mark.parametrize("case", ["onnxruntime", "torch", "no weights", "skipped"])
@@ -260,7 +262,7 @@ def test_the_operation_keeps_the_layout_it_promises(case: str, exported: Exporte
     if case == "skipped":
         restored[1, 0, 0, 0] = torch.nan
     *_, gradient = torch.ops.diffloss_trt.value_and_gradient.default(
-        restored, target, None, None, torch.empty(0), False, loss._handle
+        restored, target, None, None, torch.empty(0), "", loss._handle
     )
     assert gradient.is_contiguous()
 

@@ -78,7 +78,7 @@ def test_attributes_that_such_packages_have(bundle: Path) -> None:
 
 
 def test_wrong_options_are_refused_when_the_loss_is_made(bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="reduction is 'max'; expected one of none, mean, sum"):
+    with pytest.raises(InputError, match="reduction is 'max'; expected 'none' or 'mean' or 'sum'"):
         DiffLossCriterion(bundle, reduction="max")
     with pytest.raises(BundleError, match="does not exist"):
         PerceptualDiffLoss(tmp_path / "none")
@@ -91,8 +91,20 @@ def test_wrong_options_are_refused_when_the_loss_is_made(bundle: Path, tmp_path:
         DiffLossCriterion(bundle, loss_weight=-1.0)
     with pytest.raises(InputTypeError, match="data_range is a tuple; expected a number"):
         DiffLossCriterion(bundle, data_range=(0, 1))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="data_range is 0; expected the value of white"):
+        DiffLossCriterion(bundle, data_range=0)
     with pytest.raises(InputTypeError, match=r"value_range is no option here: .* give data_range"):
         DiffLossCriterion(bundle, value_range=(0, 1))
+
+
+def test_settings_are_checked_when_they_are_assigned(bundle: Path) -> None:
+    criterion = DiffLossCriterion(bundle, device="cpu")
+    criterion.loss_weight, criterion.reduction = 2, "sum"
+    with pytest.raises(InputError, match="loss_weight is nan"):
+        criterion.loss_weight = float("nan")
+    with pytest.raises(InputError, match="reduction is 'average'"):
+        criterion.reduction = "average"
+    assert (criterion.loss_weight, criterion.reduction) == (2.0, "sum")
 
 
 class Registry:

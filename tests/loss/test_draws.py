@@ -66,6 +66,18 @@ def test_copies_go_on_by_themselves() -> None:
     assert not torch.equal(draw(draws), expected)
 
 
+def test_a_copied_loss_draws_by_itself(make_loss: Callable[[int | None], DiffLoss]) -> None:
+    loss = make_loss(5)
+    for other in (copy.copy(loss), copy.deepcopy(loss)):
+        assert loss.draws is not None
+        before = loss.draws.get_extra_state()
+        assert other.draws is not None
+        draw(other.draws)
+        other.seed = 7
+        assert loss.seed == 5
+        assert torch.equal(loss.draws.get_extra_state(), before)
+
+
 def test_a_call_in_a_backward_pass_repeats_that_with_the_same_ticket() -> None:
     """Restoring the global generator's state restores the tickets: as checkpointing does it."""
     draws = Draws(5)

@@ -16,13 +16,15 @@ from diffloss_trt import DiffLoss
 from diffloss_trt.contract import GRADIENT, NATURALNESS, PRECISIONS, SEMANTIC, SEMANTIC_GRADIENT
 from diffloss_trt.gradient import trace_gradient
 from diffloss_trt.probe import Probe
-from diffloss_trt.tolerances import DIFFERENCE, DIFFERENCE_DB, WHOLE_SCHEDULE, Tolerance
+from diffloss_trt.tolerances import DIFFERENCE, Tolerance
 from diffloss_trt.traced import TracedProgram
 from diffloss_trt.unet import TappedUNet
 from exports import make_schedule
 from unets import KINDS, make_unet
 
-PLACES = list(itertools.product(DIFFERENCE_DB, WHOLE_SCHEDULE))
+# PSNR of the restored image in dB; timesteps as fractions of the last one.
+WHOLE_SCHEDULE = (0.0, 0.01, 0.1, 0.5, 1.0)
+PLACES = list(itertools.product((20.0, 35.0, 50.0), WHOLE_SCHEDULE))
 # Every distance, and both ends of the schedule.
 FEW = [(50.0, 0.0), (20.0, 0.1), (35.0, 1.0)]
 
@@ -100,7 +102,7 @@ def check(found: Result, expected: Result, tolerance: Tolerance, *, naturalness:
 
 
 # What float64 itself loses in the plain formula at 50 dB.
-EXACT = Tolerance(term=1e-9, gradient=1e-8, cosine=1 - 1e-12, places=())
+EXACT = Tolerance(term=1e-9, gradient=1e-8, cosine=1 - 1e-12)
 
 
 @pytest.mark.parametrize(

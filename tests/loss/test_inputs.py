@@ -49,6 +49,7 @@ IMAGES: list[tuple[type[DiffLossError], Any, Any, str]] = [
     (InputTypeError, image().byte(), image(), r"restored has dtype torch\.uint8; expected a floating-point"),
     (InputTypeError, image(), (255 * image()).byte(), r"target has dtype torch\.uint8; expected a floating-point"),
     (InputTypeError, image().to(torch.complex64), image(), r"restored has dtype torch\.complex64"),
+    (InputTypeError, image().to(torch.float8_e4m3fn), image(), r"restored has dtype torch\.float8_e4m3fn; expected"),
     (InputTypeError, image().numpy(), image(), r"restored is a ndarray; expected a torch\.Tensor"),
     (InputTypeError, [0.5], image(), r"restored is a list; expected a torch\.Tensor"),
     (InputTypeError, image(), None, r"target is a NoneType; expected a torch\.Tensor"),

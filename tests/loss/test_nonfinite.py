@@ -256,6 +256,9 @@ def test_noise_that_is_given(make_loss: MakeLoss) -> None:
     given["noise"][2, 1, 0, 0] = math.nan
     with pytest.raises(InputError, match=r"call 1 of this loss: noise holds NaN or infinite values in images \[2\] of"):
         make_loss()(*batch(0), **given)
+    # Not of the training's making, as what is skipped is.
+    with pytest.raises(InputError, match="call 1 of this loss: noise holds NaN or infinite values"):
+        make_loss(nonfinite="skip")(*batch(0), **given)
 
 
 def test_each_result_is_looked_at() -> None:

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from diffloss_engine.errors import BundleError, InputError, ModelError
+from diffloss_engine.errors import BundleError, InputError, InputTypeError, ModelError
 from diffloss_trt import NoiseSchedule
 
 TABLE = torch.tensor([0.9999, 0.9, 0.5, 0.01], dtype=torch.float64)
@@ -108,6 +108,13 @@ def test_scheduler_without_betas() -> None:
 def test_impossible_tables(table: Tensor, message: str) -> None:
     with pytest.raises(InputError, match=message):
         NoiseSchedule(table)
+
+
+def test_tables_are_tensors() -> None:
+    with pytest.raises(InputTypeError, match=r"alphas_cumprod is a list; expected a torch\.Tensor"):
+        NoiseSchedule([0.9, 0.5])  # type: ignore[arg-type]
+    with pytest.raises(InputTypeError, match=r"unet_timesteps is a range; expected a torch\.Tensor"):
+        NoiseSchedule(TABLE, unet_timesteps=range(5))  # type: ignore[arg-type]
 
 
 def test_impossible_predictions() -> None:
