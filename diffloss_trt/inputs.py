@@ -27,20 +27,29 @@ _IMAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_weight(name: str, value: Any) -> float:
-    """Check a weight: a finite number >= 0 of float32, NumPy's scalars among them."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise InputTypeError(f"{name} is a {type(value).__name__}; expected a number")
-    if not 0 <= (weight := float(value)) <= torch.finfo(torch.float32).max:
+    """Check a weight: zero, or a positive number that float32 holds in full, NumPy's scalars among them."""
+    weight, of_float32 = _check_number(name, value), torch.finfo(torch.float32)
+    if weight and not of_float32.tiny <= weight <= of_float32.max:
         raise InputError(f"{name} is {value}; expected a finite number >= 0 that float32 holds")
     return weight
 
 
+def _check_number(name: str, value: Any) -> float:
+    """Check a real number, which a bool is not; what no float holds is infinite."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InputTypeError(f"{name} is {value!r}, a {type(value).__name__}; expected a number")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def check_range(name: str, value: Any) -> tuple[float, float]:
     """Check a range of pixels; return it as (low, high)."""
-    if not isinstance(value, Sequence) or len(value) != 2 or not all(isinstance(bound, Real) for bound in value):
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
         raise InputTypeError(f"{name} is {value!r}; expected (low, high), such as (0.0, 1.0)")
-    low, high = (float(bound) for bound in value)
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    low, high = (_check_number(f"a bound of {name}", bound) for bound in value)
+    if not 0 < high - low < math.inf:
         raise InputError(f"{name} is ({low}, {high}); expected finite bounds with low < high")
     return low, high
 
@@ -82,9 +91,15 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         SETTINGS[name](name, value)
 
 
+def _expect_dense(name: str, value: Any, expected: str = "a torch.Tensor") -> None:
+    if not isinstance(value, Tensor):
+        raise InputTypeError(f"{name} is a {type(value).__name__}; expected {expected}")
+    if value.layout != torch.strided or value.is_nested:
+        raise InputTypeError(f"{name} is a sparse or nested tensor; expected a dense one")
+
+
 def _check_tensor(name: str, image: Tensor, shape: Sequence[int], device: torch.device, hint: str = "") -> None:
-    if not isinstance(image, Tensor):
-        raise InputTypeError(f"{name} is a {type(image).__name__}; expected a torch.Tensor")
+    _expect_dense(name, image)
     if image.dtype not in _IMAGE_DTYPES:
         raise InputTypeError(f"{name} has dtype {image.dtype}; expected a floating-point dtype of 16, 32 or 64 bits")
     if list(image.shape) != list(shape):
@@ -123,8 +138,7 @@ def check_images(
     not raised, is what is to be said, or else "": of a `restored` as of a network that has diverged, and of a pair that
     takes up so little of the range that it may be in another one.
     """
-    if not isinstance(restored, Tensor):
-        raise InputTypeError(f"restored is a {type(restored).__name__}; expected a torch.Tensor")
+    _expect_dense("restored", restored)
     if restored.ndim != 4:
         raise InputError(f"restored has shape {list(restored.shape)}; expected four axes [B, {channels}, H, W]")
     batch, found, height, width = restored.shape
@@ -176,8 +190,7 @@ def check_noise(noise: Tensor, restored: Tensor) -> None:
 
 def check_timesteps(timesteps: Tensor, batch: int, count: int, device: torch.device, *, values: bool) -> None:
     """Check that `timesteps` are integers [B] in [0, count)."""
-    if not isinstance(timesteps, Tensor):
-        raise InputTypeError(f"timesteps is a {type(timesteps).__name__}; expected an integer torch.Tensor [{batch}]")
+    _expect_dense("timesteps", timesteps, f"an integer torch.Tensor [{batch}]")
     # PyTorch computes little in other unsigned dtypes.
     if timesteps.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
         raise InputTypeError(f"timesteps has dtype {timesteps.dtype}; expected an integer dtype, such as torch.int64")

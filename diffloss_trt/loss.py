@@ -36,7 +36,15 @@ from diffloss_trt.evaluators import (
     RecomputeEvaluator,
     gradient_graph,
 )
-from diffloss_trt.inputs import SETTINGS, check_images, check_noise, check_range, check_settings, check_timesteps
+from diffloss_trt.inputs import (
+    SETTINGS,
+    check_choice,
+    check_images,
+    check_noise,
+    check_range,
+    check_settings,
+    check_timesteps,
+)
 from diffloss_trt.nonfinite import nonfinite_images, nonfinite_results
 from diffloss_trt.objective import Terms, wide
 from diffloss_trt.schedule import NoiseSchedule
@@ -235,10 +243,10 @@ class DiffLoss(nn.Module):
             "check_every": check_every,
         }
         check_settings(settings)
-        if backend not in BACKENDS:
+        if not isinstance(backend, str) or backend not in BACKENDS:
             raise InputError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
-        if backward is not None and backward not in BACKWARDS:
-            raise InputError(f"backward is {backward!r}; expected one of {', '.join(BACKWARDS)}")
+        if backward is not None:
+            check_choice("backward", backward, BACKWARDS)
         place = choose_device(device)
         opened = Bundle.open(bundle)
         fused = _has_gradient(opened, backward) and backward != "recompute"
@@ -492,7 +500,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"device is {device!r}; expected 'cpu', 'cuda' or 'cuda:N'") from error
     if place.type not in ("cpu", "cuda"):
         raise InputError(f"device is {place}; expected 'cpu', 'cuda' or 'cuda:N'")

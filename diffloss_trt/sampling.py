@@ -129,6 +129,8 @@ def _inside(density: Tensor, bounds: Range) -> Tensor:
 
 
 def _checked(density: Tensor) -> Tensor:
+    if not isinstance(density, Tensor):
+        raise InputTypeError(f"a density over timesteps is a {type(density).__name__}; expected a torch.Tensor [T]")
     if density.ndim != 1 or not bool((density.isfinite() & (density >= 0)).all()) or not bool(density.any()):
         raise InputError("a density over timesteps must be [T], finite, >= 0, and not zero everywhere")
     return density.detach().to("cpu", torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -56,13 +57,22 @@ class NoiseSchedule:
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:
-        """Read the schedule off a diffusers scheduler; `ModelError` if it has no table of betas."""
+        """Read the schedule off a diffusers scheduler; `ModelError` if the UNet was not trained on a table of betas."""
         table = getattr(scheduler, "alphas_cumprod", None)
+        config = getattr(scheduler, "config", None)
         if not isinstance(table, Tensor):
             raise ModelError(
                 f"{type(scheduler).__name__} has no alphas_cumprod: a scheduler with a table of betas is needed"
             )
-        prediction_type = scheduler.config.get("prediction_type", "epsilon")
+        if not isinstance(config, Mapping):
+            raise ModelError(f"{type(scheduler).__name__} has no config that says what the UNet predicts")
+        # These keep a table that they do not use.
+        if config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous":
+            raise ModelError(
+                f"{type(scheduler).__name__} is set to flow matching or to continuous noise levels, whose UNets are "
+                "told other timesteps: expected a scheduler of discrete ones"
+            )
+        prediction_type = config.get("prediction_type", "epsilon")
         try:
             return cls(table, prediction_type)
         except InputError as error:

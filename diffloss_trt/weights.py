@@ -63,5 +63,5 @@ class Cosine:
 
 
 def _check_steps(steps: int) -> None:
-    if steps < 1:
+    if not steps >= 1:  # NaN too
         raise InputError(f"steps is {steps}; expected at least 1")

@@ -83,13 +83,13 @@ def test_wrong_options_are_refused_when_the_loss_is_made(bundle: Path, tmp_path:
     with pytest.raises(BundleError, match="does not exist"):
         PerceptualDiffLoss(tmp_path / "none")
     # YAML 1.1 takes 1e-3, without a point, for a text.
-    with pytest.raises(InputTypeError, match="naturalness_weight is a str; expected a number"):
+    with pytest.raises(InputTypeError, match="naturalness_weight is '1e-3', a str; expected a number"):
         PerceptualDiffLoss(bundle, **yaml.safe_load("naturalness_weight: 1e-3"))
-    with pytest.raises(InputTypeError, match="loss_weight is a str; expected a number"):
+    with pytest.raises(InputTypeError, match="loss_weight is '1e-2', a str; expected a number"):
         PerceptualDiffLoss(bundle, **yaml.safe_load("loss_weight: 1e-2"))
     with pytest.raises(InputError, match=r"loss_weight is -1\.0; expected a finite number >= 0"):
         DiffLossCriterion(bundle, loss_weight=-1.0)
-    with pytest.raises(InputTypeError, match="data_range is a tuple; expected a number"):
+    with pytest.raises(InputTypeError, match=r"data_range is \(0, 1\), a tuple; expected a number"):
         DiffLossCriterion(bundle, data_range=(0, 1))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="data_range is 0; expected the value of white"):
         DiffLossCriterion(bundle, data_range=0)

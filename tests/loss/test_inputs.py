@@ -50,6 +50,8 @@ IMAGES: list[tuple[type[DiffLossError], Any, Any, str]] = [
     (InputTypeError, image(), (255 * image()).byte(), r"target has dtype torch\.uint8; expected a floating-point"),
     (InputTypeError, image().to(torch.complex64), image(), r"restored has dtype torch\.complex64"),
     (InputTypeError, image().to(torch.float8_e4m3fn), image(), r"restored has dtype torch\.float8_e4m3fn; expected"),
+    (InputTypeError, image().to_sparse(), image(), r"restored is a sparse or nested tensor; expected a dense one"),
+    (InputTypeError, image(), image().to_sparse(), r"target is a sparse or nested tensor; expected a dense one"),
     (InputTypeError, image().numpy(), image(), r"restored is a ndarray; expected a torch\.Tensor"),
     (InputTypeError, [0.5], image(), r"restored is a list; expected a torch\.Tensor"),
     (InputTypeError, image(), None, r"target is a NoneType; expected a torch\.Tensor"),
@@ -128,9 +130,11 @@ SETTINGS: list[tuple[type[DiffLossError], dict[str, Any], str]] = [
     (InputError, {"semantic_weight": math.nan}, r"semantic_weight is nan; expected a finite number >= 0"),
     (InputError, {"semantic_weight": math.inf}, r"semantic_weight is inf; expected a finite number >= 0"),
     (InputError, {"semantic_weight": 1e39}, r"semantic_weight is 1e\+39; expected .* that float32 holds"),
-    (InputTypeError, {"naturalness_weight": True}, r"naturalness_weight is a bool; expected a number"),
-    (InputTypeError, {"semantic_weight": "1e-6"}, r"semantic_weight is a str; expected a number"),
-    (InputTypeError, {"semantic_weight": None}, r"semantic_weight is a NoneType; expected a number"),
+    (InputTypeError, {"naturalness_weight": True}, r"naturalness_weight is True, a bool; expected a number"),
+    (InputTypeError, {"semantic_weight": "1e-6"}, r"semantic_weight is '1e-6', a str; expected a number"),
+    (InputTypeError, {"semantic_weight": None}, r"semantic_weight is None, a NoneType; expected a number"),
+    (InputError, {"semantic_weight": 1e-40}, r"semantic_weight is 1e-40; expected .* that float32 holds"),
+    (InputError, {"semantic_weight": 10**400}, r"semantic_weight is 10+; expected a finite number"),
     (InputTypeError, {"seed": 1.0}, r"seed is a float; expected an integer, or None"),
     (InputTypeError, {"seed": True}, r"seed is a bool; expected an integer, or None"),
     (InputError, {"seed": -1}, r"seed is -1; expected 0 to 2\*\*63 - 1"),
@@ -145,8 +149,10 @@ SETTINGS: list[tuple[type[DiffLossError], dict[str, Any], str]] = [
     (InputTypeError, {"value_range": 255}, r"value_range is 255; expected \(low, high\)"),
     (InputTypeError, {"value_range": (0, 1, 2)}, r"value_range is \(0, 1, 2\); expected \(low, high\)"),
     (InputTypeError, {"value_range": "01"}, r"value_range is '01'; expected \(low, high\)"),
-    (InputTypeError, {"value_range": (0, None)}, r"value_range is \(0, None\); expected \(low, high\)"),
-    (InputTypeError, {"value_range": ("a", "b")}, r"value_range is \('a', 'b'\); expected \(low, high\)"),
+    (InputTypeError, {"value_range": (0, None)}, r"a bound of value_range is None, a NoneType; expected a number"),
+    (InputTypeError, {"value_range": ("a", "b")}, r"a bound of value_range is 'a', a str; expected a number"),
+    (InputTypeError, {"value_range": (False, True)}, r"a bound of value_range is False, a bool"),
+    (InputError, {"value_range": (-1.7e308, 1.7e308)}, r"expected finite bounds"),
 ]
 
 
@@ -203,7 +209,7 @@ def test_numbers_may_be_numpys(scheduler: Any) -> None:
     assert loss.draws.seed == 7
     for value in (*loss.weights, *loss.value_range, loss.draws.seed):
         assert type(value) in (int, float)
-    with pytest.raises(InputTypeError, match="naturalness_weight is a bool"):
+    with pytest.raises(InputTypeError, match=r"naturalness_weight is np\.True_, a bool"):
         loss.naturalness_weight = np.bool_(True)  # type: ignore[assignment]
 
 

@@ -469,6 +469,9 @@ def test_load_refuses_what_it_cannot_do(exported: tuple[Path, Any, NoiseSchedule
         DiffLoss.load(folder, backward="twice")
     with pytest.raises(InputError, match="device is 'gpu'; expected 'cpu', 'cuda'"):
         DiffLoss.load(folder, device="gpu")
+    for device in (3.5, ["cpu"]):
+        with pytest.raises(InputError, match=r"device is .*; expected 'cpu', 'cuda'"):
+            DiffLoss.load(folder, device=device)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="device is meta"):
         DiffLoss.load(folder, device="meta")
     with pytest.raises(BundleError):

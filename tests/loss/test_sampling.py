@@ -175,5 +175,7 @@ def test_what_cannot_be_drawn_from(make: Callable[[], object]) -> None:
 def test_what_is_no_density_or_generator_is_named() -> None:
     with pytest.raises(InputTypeError, match=r"density is a list; expected a tensor \[T\], or a callable"):
         TimestepSampler([1.0, 2.0])  # type: ignore[arg-type]
+    with pytest.raises(InputTypeError, match=r"a density over timesteps is a list; expected a torch\.Tensor \[T\]"):
+        TimestepSampler(lambda _: [1.0, 2.0])  # type: ignore[arg-type, return-value]
     with pytest.raises(InputTypeError, match=r"generator is a int; expected a torch\.Generator"):
         TimestepSampler(torch.ones(3), generator=0)  # type: ignore[arg-type]

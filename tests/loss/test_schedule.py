@@ -6,11 +6,19 @@ import json
 import math
 import pickle
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from diffloss_engine.errors import BundleError, InputError, InputTypeError, ModelError
@@ -92,6 +100,26 @@ def test_scheduler_without_betas() -> None:
         NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler())
     with pytest.raises(ModelError, match="str has no alphas_cumprod"):
         NoiseSchedule.from_scheduler("linear")
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EulerDiscreteScheduler(1000, timestep_type="continuous", prediction_type="v_prediction"),
+        DPMSolverMultistepScheduler(1000, use_flow_sigmas=True, prediction_type="flow_prediction"),
+        UniPCMultistepScheduler(1000, use_flow_sigmas=True),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_scheduler_that_does_not_use_its_betas(scheduler: Any) -> None:
+    assert isinstance(scheduler.alphas_cumprod, Tensor)
+    with pytest.raises(ModelError, match="is set to flow matching or to continuous noise levels"):
+        NoiseSchedule.from_scheduler(scheduler)
+
+
+def test_scheduler_that_does_not_say_what_is_predicted() -> None:
+    with pytest.raises(ModelError, match="SimpleNamespace has no config that says what the UNet predicts"):
+        NoiseSchedule.from_scheduler(SimpleNamespace(alphas_cumprod=TABLE))
 
 
 @pytest.mark.parametrize(
