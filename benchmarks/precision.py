@@ -3,6 +3,7 @@
     python benchmarks/precision.py [--name NAME]     measure, then write all that is named below
     python benchmarks/precision.py --quick           a part of it in under a minute; writes nothing
     python benchmarks/precision.py --from JSON       draw and tabulate an earlier run again
+    python benchmarks/precision.py --plain-from JSON measure the difference form alone, and take the rest from there
 
 Every arithmetic computes one function: the weights of each UNet are rounded beforehand to numbers that all formats
 hold, and images are float32. The reference is the plain formula in float64. An error is that of one sample:
@@ -20,7 +21,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -431,8 +432,9 @@ def measure(model: Model, samples: Sequence[Sample], arithmetics: Sequence[str],
     return rows
 
 
-def measure_all(quick: bool) -> list[Row]:
-    """Return the rows of the whole study, or of a part that takes less than a minute."""
+def measure_all(quick: bool, wanted: Collection[str]) -> list[Row]:
+    """Return the rows of the whole study, or of a part that takes less than a minute, for some of the arithmetics."""
+    every, short = ([name for name in names if name in wanted] for names in (ARITHMETICS, SHORT))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows: list[Row] = []
     with Progress(*columns) as progress:
@@ -442,12 +444,12 @@ def measure_all(quick: bool) -> list[Row]:
                 *sweep(model, ERROR_DB, STEPS[1::3], ["chelsea"]),
                 *restorations(model, ERROR_DB[1:2], STEPS[2:3], WEIGHTS[:1]),
             ]
-            return measure(model, samples, tuple(ARITHMETICS), progress)
+            return measure(model, samples, every, progress)
         small = (random_model("random, four levels", FOUR_LEVELS, 32), random_model("random, ADM", ADM_SMALL, 32))
         for model in (prior(), *small):
-            rows += measure(model, [*sweep(model, SWEEP_DB, STEPS, HELD_OUT)], tuple(ARITHMETICS), progress)
+            rows += measure(model, [*sweep(model, SWEEP_DB, STEPS, HELD_OUT)], every, progress)
         for model, steps in ((prior(), STEPS), (random_model("random, ADM at 256x256", ADM_256, 256), STEPS[::2])):
-            rows += measure(model, [*restorations(model, ERROR_DB, steps, WEIGHTS)], SHORT, progress)
+            rows += measure(model, [*restorations(model, ERROR_DB, steps, WEIGHTS)], short, progress)
     return rows
 
 
@@ -472,10 +474,20 @@ def within(errors: Errors, tolerance: Tolerance) -> bool:
 # What is written
 
 
-def to_json(rows: Sequence[Row]) -> str:
-    """Return machine, versions and every error, to three digits; a place on each line, null for what was left out."""
+def with_plain(rows: Sequence[Row], earlier: Sequence[Row]) -> list[Row]:
+    """Return rows of the difference form with what an earlier run has found of the other arithmetics."""
+    found = {row.place: row.errors for row in earlier}
+    return [Row(row.place, {**found[row.place], **row.errors}) for row in rows]
+
+
+def to_json(rows: Sequence[Row], plain: dict[str, Any] | None = None) -> str:
+    """Return machine, versions and every error, to three digits; a place on each line, null for what was left out.
+
+    plain: the head of the run that the other arithmetics than the difference form are from, if that is another one.
+    """
     names = tuple(ARITHMETICS)
-    head = {**describe(), "place": Place._fields, "arithmetics": names, "errors": Errors._fields}
+    of_plain = {} if plain is None else {"plain": {key: plain[key] for key in ("device", "date")}}
+    head = {**describe(), **of_plain, "place": Place._fields, "arithmetics": names, "errors": Errors._fields}
     lines = []
     for row in rows:
         errors = [[float(f"{e:.3g}") for e in row.errors[name]] if name in row.errors else None for name in names]
@@ -504,9 +516,14 @@ def tables(rows: Sequence[Row], head: dict[str, Any]) -> str:
     """Lay the results out in Markdown."""
     white = [row for row in rows if row.place.error == WHITE]
     left = [row for row in rows if row.place.error != WHITE]
-    parts = (
+    measured = (
         f"Measured on {head['date']} on {head['device']}, with PyTorch {head['versions']['torch']}, by "
-        "`python benchmarks/precision.py`.",
+        "`python benchmarks/precision.py`"
+    )
+    if plain := head.get("plain"):
+        measured += f"; all but the difference form on {plain['date']} on {plain['device']}"
+    parts = (
+        f"{measured}.",
         "Gradient, ||a - b|| / ||b||: median / worst sample, white noise",
         sweep_table(white, lambda errors: errors[:, 2]),
         "Loss terms, |a - b| / b, the larger of the two: median / worst sample, white noise",
@@ -610,8 +627,17 @@ def main() -> int:
     parser.add_argument("--name", default="cpu", help="of the file of results (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="measure a part in under a minute; write nothing")
     parser.add_argument("--from", dest="earlier", type=Path, metavar="JSON", help="results to draw and tabulate again")
+    parser.add_argument(
+        "--plain-from", type=Path, metavar="JSON", help="results to take all but the difference form of"
+    )
     args = parser.parse_args()
-    text = args.earlier.read_text() if args.earlier else to_json(measure_all(args.quick))
+    if args.earlier:
+        text = args.earlier.read_text()
+    elif args.plain_from:
+        plain_head, earlier = from_json(args.plain_from.read_text())
+        text = to_json(with_plain(measure_all(args.quick, OURS), earlier), plain_head)
+    else:
+        text = to_json(measure_all(args.quick, ARITHMETICS))
     head, rows = from_json(text)
     page = tables(rows, head)
     print(page)

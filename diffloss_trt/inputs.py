@@ -57,7 +57,8 @@ def check_range(name: str, value: Any) -> tuple[float, float]:
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """Check that a setting is one of a few words."""
     if not isinstance(value, str) or value not in choices:
-        raise InputError(f"{name} is {value!r}; expected {' or '.join(map(repr, choices))}")
+        *others, last = map(repr, choices)
+        raise InputError(f"{name} is {value!r}; expected {', '.join(others)} or {last}")
     return value
 
 

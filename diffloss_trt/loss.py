@@ -13,47 +13,20 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import (
-    BackendError,
-    BackendUnavailableError,
-    DiffLossError,
-    InputError,
-    InputTypeError,
-    ParityError,
-)
-from diffloss_engine.inductor import has_bfloat16
-from diffloss_engine.tensors import concrete_device
+from diffloss_engine.errors import BackendError, DiffLossError, InputError, InputTypeError
 from diffloss_trt.autograd import attach
 from diffloss_trt.compiled import compiled_terms, register
-from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
 from diffloss_trt.draws import Draws
-from diffloss_trt.evaluators import (
-    EagerEvaluator,
-    Evaluator,
-    FusedEvaluator,
-    Images,
-    RecomputeEvaluator,
-    gradient_graph,
-)
-from diffloss_trt.inputs import (
-    SETTINGS,
-    check_choice,
-    check_images,
-    check_noise,
-    check_range,
-    check_settings,
-    check_timesteps,
-)
+from diffloss_trt.evaluators import EagerEvaluator, Evaluator, FusedEvaluator, Images
+from diffloss_trt.inputs import SETTINGS, check_images, check_noise, check_range, check_settings, check_timesteps
 from diffloss_trt.nonfinite import nonfinite_images, nonfinite_results
 from diffloss_trt.objective import Terms, wide
+from diffloss_trt.opening import open_evaluator
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.unet import TappedUNet
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "inductor", "onnxruntime", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx", "torch")
-BACKWARDS = ("fused", "recompute")
 # What a loss warns of once.
 RANGE = "images that may be in another range"
 BATCH = "batches that do not fit the bundle's"
@@ -243,17 +216,12 @@ class DiffLoss(nn.Module):
             "check_every": check_every,
         }
         check_settings(settings)
-        if not isinstance(backend, str) or backend not in BACKENDS:
-            raise InputError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
-        if backward is not None:
-            check_choice("backward", backward, BACKWARDS)
-        place = choose_device(device)
-        opened = Bundle.open(bundle)
-        fused = _has_gradient(opened, backward) and backward != "recompute"
-        if cuda_graph and not (fused and place.type == "cuda"):
-            raise InputError("cuda_graph is for a CUDA device and backward='fused'")
-        wanted = _Wanted(fused, cuda_graph, (naturalness_weight, semantic_weight))
-        return cls(_open(opened, backend, place, wanted), **settings)
+        return cls(
+            open_evaluator(
+                bundle, backend, device, backward, cuda_graph=cuda_graph, weights=(naturalness_weight, semantic_weight)
+            ),
+            **settings,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -489,81 +457,3 @@ def _constant(call: Call, value: float) -> tuple[Terms, Tensor]:
     """Return terms and a gradient that are `value` throughout."""
     restored = call.images[0].detach()
     return Terms(*(restored.new_full((len(restored),), value) for _ in range(3))), torch.full_like(restored, value)
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """Return the device meant by `device`, None being the GPU if there is one; with an index if it is a GPU.
-
-    Raises `InputError` for anything but a CPU or CUDA device, `BackendUnavailableError` if it is not there.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"device is {device!r}; expected 'cpu', 'cuda' or 'cuda:N'") from error
-    if place.type not in ("cpu", "cuda"):
-        raise InputError(f"device is {place}; expected 'cpu', 'cuda' or 'cuda:N'")
-    if place.type == "cuda":
-        if not torch.cuda.is_available():
-            raise BackendUnavailableError(f"device is {place}, but PyTorch sees no CUDA GPU here")
-        if place.index is not None and place.index >= torch.cuda.device_count():
-            raise BackendUnavailableError(f"device is {place}, but there are {torch.cuda.device_count()} GPUs here")
-    return concrete_device(place)
-
-
-def _has_gradient(bundle: Bundle, backward: str | None) -> bool:
-    """Whether the bundle has gradient graphs; an error if not, and `backward` asks for them."""
-    if {GRADIENT, SEMANTIC_GRADIENT} <= bundle.graphs.keys():
-        return True
-    how = f"{bundle.path} has no gradient graph: 'diffloss-export onnx' writes one, unless it is given --no-gradient"
-    if backward == "fused":
-        raise BackendUnavailableError(f"{how}; or load the bundle with backward='recompute'")
-    if backward is None:
-        logger.warning("backward recompute, because %s", how)
-    return False
-
-
-class _Wanted(NamedTuple):
-    fused: bool
-    cuda_graph: bool
-    weights: tuple[float, float]
-
-
-def _open(bundle: Bundle, backend: str, device: torch.device, wanted: _Wanted) -> Evaluator | FusedEvaluator:
-    if backend == "auto":
-        return _open_fastest(bundle, device, wanted)
-    if wanted.fused:
-        evaluator = FusedEvaluator(bundle, backend, device, cuda_graph=wanted.cuda_graph)
-        if any(wanted.weights):
-            evaluator.session(gradient_graph(wanted.weights))  # what cannot run is to be known before training starts
-        return evaluator
-    if backend == "inductor":
-        raise BackendUnavailableError("inductor compiles gradient graphs, and these alone: load with backward='fused'")
-    return RecomputeEvaluator.checked(bundle, backend, device)
-
-
-def _fastest_first(bundle: Bundle, device: torch.device, fused: bool) -> tuple[str, ...]:
-    if device.type == "cuda":
-        return ("tensorrt", "tensorrt-rtx", "onnxruntime", *(["inductor"] if fused else []), "torch")
-    # In fp32 a CPU gains a quarter at best: nothing to spend minutes of compiling on unasked.
-    compiles = fused and bundle.precision == "bf16" and has_bfloat16(device)
-    return ("onnxruntime", *(["inductor"] if compiles else []), "torch")
-
-
-def _open_fastest(bundle: Bundle, device: torch.device, wanted: _Wanted) -> Evaluator | FusedEvaluator:
-    """Open the first backend that runs here and computes rightly, and say which, and why not those before it."""
-    *candidates, last = _fastest_first(bundle, device, wanted.fused)
-    reasons, level = "", logging.INFO
-    for backend in candidates:
-        try:
-            evaluator = _open(bundle, backend, device, wanted)
-        except (BackendUnavailableError, BackendError, ParityError) as error:
-            reasons += f"; not {backend}, because: {error}"
-            if not isinstance(error, BackendUnavailableError):
-                level = logging.WARNING
-        else:
-            logger.log(level, "backend auto: %s on %s%s", backend, device, reasons)
-            return evaluator
-    logger.warning("backend auto: %s on %s%s", last, device, reasons)
-    return _open(bundle, last, device, wanted)

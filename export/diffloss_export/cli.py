@@ -254,7 +254,7 @@ def _build(args: argparse.Namespace) -> int:
     from diffloss_engine.plan_cache import PlanCache
     from diffloss_engine.trt_build import BuildOptions
     from diffloss_export.build import build_bundle, compile_bundle
-    from diffloss_trt.loss import choose_device
+    from diffloss_trt.opening import choose_device
 
     options = BuildOptions(
         workspace_bytes=None if args.workspace is None else args.workspace * 2**20,
@@ -292,7 +292,7 @@ def _build(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from diffloss_engine.bundle import Bundle
     from diffloss_export.verify import verify_bundle
-    from diffloss_trt.loss import choose_device
+    from diffloss_trt.opening import choose_device
 
     bundle = Bundle.open(args.bundle)
     with _stages() as on_stage:
@@ -369,7 +369,7 @@ def _plans(bundle: Bundle) -> dict[str, list[dict[str, Any]]]:
 def _bench(args: argparse.Namespace) -> int:
     from diffloss_engine.bundle import Bundle
     from diffloss_export.bench import bench_bundle
-    from diffloss_trt.loss import choose_device
+    from diffloss_trt.opening import choose_device
 
     bundle = Bundle.open(args.bundle)
     device = choose_device(args.device)
@@ -426,7 +426,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _explain(args: argparse.Namespace) -> int:
     from diffloss_export.explain import check_output, draw, explain, load_loss, read_images, to_json
-    from diffloss_trt.loss import choose_device
+    from diffloss_trt.opening import choose_device
 
     check_output(args.output, args.restored, args.target)
     with _stages() as on_stage:

@@ -394,7 +394,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_memory_that_there_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["onnx", "builtin", "-o", str(tmp_path / "bundle"), "--batch-size", "10000000"]) == 2
+    destination = str(tmp_path / "bundle")
+    assert main(["onnx", "builtin", "-o", destination, "--batch-size", "4096", "--resolution", "16384"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffloss-export: ")]
     assert "there is not enough memory: " in line
     assert not list(tmp_path.iterdir())

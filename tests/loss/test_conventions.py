@@ -78,7 +78,7 @@ def test_attributes_that_such_packages_have(bundle: Path) -> None:
 
 
 def test_wrong_options_are_refused_when_the_loss_is_made(bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="reduction is 'max'; expected 'none' or 'mean' or 'sum'"):
+    with pytest.raises(InputError, match="reduction is 'max'; expected 'none', 'mean' or 'sum'"):
         DiffLossCriterion(bundle, reduction="max")
     with pytest.raises(BundleError, match="does not exist"):
         PerceptualDiffLoss(tmp_path / "none")
