@@ -304,6 +304,38 @@ def _operands(tape: Tape, pair: Pair, factor: float = 1.0) -> tuple[Tensor, Tens
 # Group norm and silu
 
 
+@dataclass(frozen=True)
+class Groups:
+    """The groups of channels that group norm takes statistics of, in images [B, C, H, W].
+
+    Means over a group are means over its channels' means: memory in which the channels come last cannot be viewed by
+    groups.
+    """
+
+    batch: int
+    channels: int
+    count: int
+
+    def mean(self, images: Tensor) -> Tensor:
+        """Return the mean of each group, [B, count, 1]."""
+        return images.mean((2, 3)).reshape(self.batch, self.count, -1).mean(2, keepdim=True)
+
+    def to_channels(self, of_groups: Tensor) -> Tensor:
+        """Return [B, count, 1] as [B, C, 1, 1]: each group's number for all of its channels."""
+        spread = of_groups.expand(-1, -1, self.channels // self.count)
+        return spread.reshape(-1, self.channels, 1, 1)
+
+    def any_of_each(self, pixels: Tensor, sides: Sequence[int]) -> Tensor:
+        """Return one value of each group, [B, count, 1], of images [B, C, H * W, 1] that have these `sides`.
+
+        From the middle of the image: near its edge a convolution's padding shows.
+        """
+        rows, columns = sides if len(sides) == 2 else (math.prod(sides), 1)
+        middle = rows // 2 * columns + columns // 2
+        chosen = pixels[:, :: self.channels // self.count, middle : middle + 1]
+        return chosen.reshape(self.batch, self.count, 1)
+
+
 def group_norm(
     tape: Tape,
     x: Pair,
@@ -324,8 +356,7 @@ def group_norm(
     Of silu: d sigmoid(u) + v (sigmoid(u) - sigmoid(v)) / s, the last factor being
     1/2 tanh(s d / 2) (1 - tanh(u / 2) tanh(v / 2)) / s.
 
-    Means over a group are means over its channels' means: memory in which the channels come last cannot be viewed by
-    groups. Of a large image in half precision each of four passes (statistics, result, and both once more on the way
+    Of a large image in half precision each of four passes (statistics, result, and both once more on the way
     back) reads the halves anew and computes again what another has computed. A compiler that merges equal operations
     would keep them in memory instead, in float32, as TensorRT-RTX does; it does not see through the shapes, of which
     each pass has its own. There the statistics take one pass, as means of squares less squares of means: what that
@@ -333,6 +364,7 @@ def group_norm(
     """
     shape = x.value.shape
     batch, channels = shape[:2]
+    per = Groups(batch, channels, groups)
     pixels = math.prod(shape[2:])
     plain = shape[2:] if len(shape) == 4 else (pixels, 1)
     # An odd number of pixels has no shape that the last of the passes could take for its own.
@@ -345,38 +377,26 @@ def group_norm(
     def halves(*sides: int) -> list[Tensor]:
         return [wide(viewed(half, *sides)) for half in (x.value, x.difference)]
 
-    def group_mean(y: Tensor) -> Tensor:
-        return y.mean((2, 3)).reshape(batch, groups, -1).mean(2, keepdim=True)
-
-    def to_channels(y: Tensor) -> Tensor:
-        return y.expand(-1, -1, channels // groups).reshape(-1, channels, 1, 1)
-
-    def any_of_group(y: Tensor) -> Tensor:
-        # From the middle of the image: near its edge a convolution's padding shows.
-        rows, columns = plain
-        middle = rows // 2 * columns + columns // 2
-        return y[:, :: channels // groups, middle : middle + 1].reshape(batch, groups, 1)
-
     v, d = halves(pixels, 1) if again else halves(*plain)
     if again:
-        of_v, of_d = any_of_group(v), any_of_group(d)
-        v, d = v - to_channels(of_v), d - to_channels(of_d)
-        rest_v, rest_d = group_mean(v), group_mean(d)
+        of_v, of_d = per.any_of_each(v, plain), per.any_of_each(d, plain)
+        v, d = v - per.to_channels(of_v), d - per.to_channels(of_d)
+        rest_v, rest_d = per.mean(v), per.mean(d)
         variance, variance_d = (
-            (group_mean(y * y) - rest.square()).clamp(min=0) for y, rest in ((v, rest_v), (d, rest_d))
+            (per.mean(y * y) - rest.square()).clamp(min=0) for y, rest in ((v, rest_v), (d, rest_d))
         )
         s = tape.scale.view(-1, 1, 1)
-        delta = 2 * (group_mean(v * d) - rest_v * rest_d) + s * variance_d
+        delta = 2 * (per.mean(v * d) - rest_v * rest_d) + s * variance_d
         variance_u = (variance + s * delta).clamp(min=0)
         of_v, of_d = of_v + rest_v, of_d + rest_d
         v, d = halves(*plain)
     else:
-        of_v, of_d = group_mean(v), group_mean(d)
-    mean_v, mean_d = to_channels(of_v), to_channels(of_d)
+        of_v, of_d = per.mean(v), per.mean(d)
+    mean_v, mean_d = per.to_channels(of_v), per.to_channels(of_d)
     c, q = v - mean_v, d - mean_d
     c_u = c + scale * q
     if not again:
-        variance, variance_u, delta = group_mean(c * c), group_mean(c_u * c_u), group_mean((c + c_u) * q)
+        variance, variance_u, delta = per.mean(c * c), per.mean(c_u * c_u), per.mean((c + c_u) * q)
     r_v, r_u = (variance + eps).rsqrt(), (variance_u + eps).rsqrt()
     k = -delta * (r_v * r_u).square() / (r_v + r_u)
     gain, offset = wide(gain).view(1, -1), wide(offset).view(1, -1)
@@ -409,8 +429,8 @@ def group_norm(
 
         centred, slope = restored(1, pixels)
         gradient = of_norm(centred, slope)
-        along = to_channels(group_mean(gradient * centred) * r_u.square())
-        mean = to_channels(group_mean(gradient))
+        along = per.to_channels(per.mean(gradient * centred) * r_u.square())
+        mean = per.to_channels(per.mean(gradient))
         if again:
             centred, slope = restored(2, pixels // 2)
             gradient = of_norm(centred, slope)

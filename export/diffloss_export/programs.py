@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffloss_engine.errors import DiffLossError, ModelError
 from diffloss_trt.capture import Captured
 from diffloss_trt.contract import BOTTLENECK, ENCODER, NOISE, NOISE_HEAD, NOISY, TIME_EMBEDDING, TIMESTEPS, skip_name
+from diffloss_trt.difference import Groups
 from diffloss_trt.objective import wide
 from diffloss_trt.traced import Tensors, TracedProgram
 from diffloss_trt.unet import Encoded, TappedUNet
@@ -84,20 +85,17 @@ def _group_norm(x: Tensor, groups: int, gain: Tensor, offset: Tensor, eps: float
     ONNX's own norms are not for everything: ONNX Runtime's CUDA provider leaves opset 22's instance norm to the CPU.
     """
     batch, channels, *sides = x.shape
+    per = Groups(batch, channels, groups)
 
-    def group_mean(y: Tensor) -> Tensor:
-        return y.mean((2, 3)).reshape(batch, groups, -1).mean(2, keepdim=True)
-
-    def to_channels(y: Tensor) -> Tensor:
-        return y.expand(-1, -1, channels // groups).reshape(batch, channels, *[1] * len(sides))
+    def to_channels(of_groups: Tensor) -> Tensor:
+        return per.to_channels(of_groups).reshape(batch, channels, *[1] * len(sides))
 
     # Of another shape than the result, so that a compiler reads `x` twice and keeps nothing in float32 in between.
     rows = wide(x).reshape(batch, channels, -1, 1)
-    middle = (rows.shape[2] + sides[-1]) // 2 % rows.shape[2]  # of an image, where padding does not show
-    shift = rows[:, :: channels // groups, middle : middle + 1].reshape(batch, groups, 1)
-    rows = rows - shift.expand(-1, -1, channels // groups).reshape(batch, channels, 1, 1)
-    mean = group_mean(rows)
-    variance = (group_mean(rows * rows) - mean.square()).clamp(min=0)
+    shift = per.any_of_each(rows, sides)
+    rows = rows - per.to_channels(shift)
+    mean = per.mean(rows)
+    variance = (per.mean(rows * rows) - mean.square()).clamp(min=0)
     gain, offset = (wide(part).reshape(-1, *[1] * len(sides)) for part in (gain, offset))
     scale = to_channels((variance + eps).rsqrt()) * gain
     return ((wide(x) - to_channels(shift + mean)) * scale + offset).to(x.dtype)

@@ -217,7 +217,7 @@ def mutant(rule: Callable[..., Pair], right: str, wrong: str) -> Callable[..., P
         ("attention", "2 + m + mean", "2 + m", "difference"),
         ("attention", "of_logits @ k_u", "of_logits @ k_v", "gradient"),
         ("attention_scaled", "if scale is None else scale", "", "value"),
-        ("group_norm", "group_mean(c_u * c_u)", "group_mean(c * c)", "difference"),
+        ("group_norm", "per.mean(c_u * c_u)", "per.mean(c * c)", "difference"),
         ("group_norm", "(c + c_u) * q", "(c + c) * q", "difference"),
         ("group_norm", " - centred * along", "", "gradient"),
         ("group_norm_time_silu", "offset * time_scale + time_shift", "offset + time_shift", "value"),
