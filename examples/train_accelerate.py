@@ -1,7 +1,8 @@
-"""Train with DiffLoss in Hugging Face Accelerate: on one device, or with `accelerate launch` on several.
+"""Train with DiffLoss in Hugging Face Accelerate: on one device, or on several by a launcher.
 
     python examples/train_accelerate.py BUNDLE [--steps N]
     accelerate launch examples/train_accelerate.py BUNDLE [--steps N]
+    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/train_accelerate.py BUNDLE [--steps N]
 
 BUNDLE is what `diffloss-export onnx builtin --batch-size 4 -o BUNDLE` writes, or another one of square RGB images.
 """

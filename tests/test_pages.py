@@ -57,6 +57,13 @@ def test_every_page_is_in_the_index() -> None:
     assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= set(re.findall(r"\]\((.*?)\)", index))
 
 
+def test_what_readme_says_of_the_study_is_on_its_page() -> None:
+    readme, study = (path.read_text("utf-8") for path in (ROOT / "README.md", ROOT / "docs" / "study.md"))
+    numbers = re.findall(r"[+-][\d.]+ ± [\d.]+\d", readme)
+    assert numbers
+    assert all(f"| {number} |" in study for number in numbers)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the bundle is tried on a CPU here")
 def test_first_training_runs(
     builtin_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

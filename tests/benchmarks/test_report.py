@@ -59,6 +59,14 @@ def test_the_summary_has_the_steps_their_aims_and_what_is_not_measured(results: 
     assert {f"#{heading}" for heading in headings} > set(re.findall("^#.*$", summary.text, re.MULTILINE)) > set()
 
 
+def test_what_readme_says_to_expect_is_what_was_measured(results: dict[str, Content]) -> None:
+    expected = README.read_text().partition("**What to expect.**")[2].partition("**State.**")[0]
+    said = [float(speed) for speed in re.findall(r"([\d.]+) times the speed of\s+eager", expected)]
+    summary = make_summary(results).text
+    rows = [table_row(summary, f"diffloss-trt, {row}") for row in ("onnxruntime, fp32", "inductor, bf16")]
+    assert said == [round(float(row[3].rstrip("x")), 1) for row in rows]
+
+
 def test_another_result_is_noticed(results: dict[str, Content]) -> None:
     results[LOSS_STEP]["rows"][-1]["times_eager"] += 1
     assert differences(make_summary(results), README, ROOT) == ["README.md, what is measured"]
