@@ -1,4 +1,4 @@
-"""What the choices in README.md's design notes give: `python benchmarks/design.py --json FILE`.
+"""What the choices in docs/design.md give: `python benchmarks/design.py --json FILE`.
 
 Each choice is timed, or its error measured, beside its alternative in the same run. Medians of interleaved rounds.
 """

@@ -1,9 +1,10 @@
-"""README.md's performance section and its pictures, from what benchmarks/results holds.
+"""docs/performance.md with its pictures, and README.md's summary of it, from what benchmarks/results holds.
 
     python benchmarks/report.py            write them
     python benchmarks/report.py --check    write nothing; exit status 1 unless they are in step
 
-Every figure in the section is read, or computed, from those files; what is not among them is said to be missing.
+Every figure between the pages' markers is read, or computed, from those files; what is not among them is said to be
+missing.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import posixpath
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +29,9 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from results import write_whole  # noqa: E402
 
-RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "README.md"
+RESULTS: Final = ROOT / "benchmarks/results"
+README, PAGE = ROOT / "README.md", ROOT / "docs/performance.md"
+IMAGES: Final = "docs/images"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 
 # How the names of files begin and what they hold; of which architecture and type of device there should be one.
@@ -66,43 +70,75 @@ class Picture:
 
 @dataclass(frozen=True)
 class Report:
-    """The section's text, and its pictures."""
+    """What stands between a page's markers, and the pictures that are drawn for it."""
 
     text: str
     pictures: list[Picture]
 
 
 def load(folder: Path) -> dict[str, Content]:
-    """Return every result that the section has a place for, by the file's stem, in the section's order."""
+    """Return every result that the page has a place for, by the file's stem, in the page's order."""
     paths = [path for name in BENCHMARKS for path in sorted(folder.glob(f"{name}-*.json"))]
     return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
 def make_report(results: dict[str, Content]) -> Report:
-    """Lay the results out."""
+    """Lay all results out, for docs/performance.md."""
+    pictures = {stem: _picture(stem, content) for stem, content in results.items()}
     parts: list[str] = []
-    pictures: list[Picture] = []
-
-    def picture(stem: str, content: Any, draw: Callable[[Any], Figure]) -> str:
-        path = f"docs/images/{stem}.png"
-        pictures.append(Picture(path, content, functools.partial(draw, content)))
-        return path
-
     for stem, content in results.items():
+        picture = pictures[stem]
+        parts += _laid_out(stem, content, posixpath.relpath(picture.path, "docs") if picture else None)
+    return Report(sections.joined([*parts, _missing(results)]), [picture for picture in pictures.values() if picture])
+
+
+def make_summary(results: dict[str, Content]) -> Report:
+    """Lay out what README.md shows of them. Its pictures are those of docs/performance.md."""
+    return Report(sections.joined([*_summarized(results), _missing(results)]), [])
+
+
+def _summarized(results: dict[str, Content]) -> Iterator[str]:
+    for stem, content in results.items():
+        picture = _picture(stem, content)
+        path = picture.path if picture else None
         if stem.startswith("loss-step"):
-            parts += sections.loss_step(content, picture(stem, sections.shown_rows(content), draw_loss_step))
-        elif stem.startswith("hot-spots"):
-            parts += sections.hot_spots(content)
-        elif stem.startswith("plan-traffic"):
-            parts += sections.plan_traffic(content)
+            parts = sections.loss_step(content, path, brief=True)
         elif stem.startswith("train-step"):
-            parts += sections.train_step(content, picture(stem, content["rows"], draw_train_step))
-        elif stem.startswith("scaling"):
-            parts += sections.scaling(content, picture(stem, content["curves"], draw_scaling))
+            parts = sections.train_step(content, path)
         else:
-            parts += sections.exports(content, picture(stem, content["exports"], draw_exports))
-    parts.append(_missing(results))
-    return Report(sections.joined(parts), pictures)
+            continue
+        # A level further down than on a page of their own.
+        yield from (f"#{part}" if part.startswith("#") else part for part in parts)
+
+
+def _picture(stem: str, content: Content) -> Picture | None:
+    drawn: Any
+    draw: Callable[[Any], Figure]
+    if stem.startswith("loss-step"):
+        drawn, draw = sections.shown_rows(content), draw_loss_step
+    elif stem.startswith("train-step"):
+        drawn, draw = content["rows"], draw_train_step
+    elif stem.startswith("scaling"):
+        drawn, draw = content["curves"], draw_scaling
+    elif stem.startswith("export"):
+        drawn, draw = content["exports"], draw_exports
+    else:
+        return None
+    return Picture(f"{IMAGES}/{stem}.png", drawn, functools.partial(draw, drawn))
+
+
+def _laid_out(stem: str, content: Content, picture: str | None) -> list[str]:
+    if stem.startswith("loss-step"):
+        return sections.loss_step(content, picture)
+    if stem.startswith("hot-spots"):
+        return sections.hot_spots(content)
+    if stem.startswith("plan-traffic"):
+        return sections.plan_traffic(content)
+    if stem.startswith("train-step"):
+        return sections.train_step(content, picture)
+    if stem.startswith("scaling"):
+        return sections.scaling(content, picture)
+    return sections.exports(content, picture)
 
 
 def _missing(results: dict[str, Content]) -> str:
@@ -154,10 +190,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say what is out of step")
     args = parser.parse_args()
-    report = make_report(load(RESULTS))
+    results = load(RESULTS)
+    reports = {PAGE: make_report(results), README: make_summary(results)}
     if args.check:
-        return complain(report, PAGE, "benchmarks/results", "benchmarks/report.py")
-    write(report, PAGE, ROOT)
+        return max(
+            complain(report, page, "benchmarks/results", "benchmarks/report.py") for page, report in reports.items()
+        )
+    for page, report in reports.items():
+        write(report, page, ROOT)
     return 0
 
 

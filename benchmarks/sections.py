@@ -77,8 +77,11 @@ def _picture(text: str, path: str | None) -> list[str]:
 # A step of the loss
 
 
-def loss_step(content: Content, picture: str | None = None) -> list[str]:
-    """Lay out the rows of one batch size beside the targets, speeds over batch sizes, and what was not run."""
+def loss_step(content: Content, picture: str | None = None, *, brief: bool = False) -> list[str]:
+    """Lay out the rows of one batch size beside the targets.
+
+    Unless it is to be brief, also speeds over batch sizes, and what was not run.
+    """
     rows, name = shown_rows(content), content["configuration"]
     distances = list(rows[0]["gradient_error"])
     errors = f"error, {' / '.join(distances)} dB"
@@ -96,13 +99,13 @@ def loss_step(content: Content, picture: str | None = None) -> list[str]:
         for row in rows
     ]
     return [
-        f"### A step of the loss: {title(name)}",
+        f"## A step of the loss: {title(name)}",
         f"{content['parameters'] / 1e6:.1f} M parameters, batch {rows[0]['batch_size']}; medians and "
         f"quartiles; {_machine(content)}; `python benchmarks/loss_step.py {name}`.",
         markdown_table(header, lines),
         *_picture("Speed and gradient error of each row", picture),
-        *_by_batch_size(content),
-        *_not_run(content),
+        *([] if brief else _by_batch_size(content)),
+        *([] if brief else _not_run(content)),
         *_held_against_targets(content, rows),
     ]
 
@@ -176,7 +179,8 @@ def hot_spots(content: Content) -> list[str]:
         cells = (f"{row['ms']:.4g}", f"{share:.0%}", f"{speed / 1e9:.0f}", of_ceiling, f"{1 / share:.2f}")
         lines.append([f"{row['way']}, {row['precision']}", *cells])
     return [
-        f"Where the time of a step goes, in a profile; {_machine(content)}; "
+        f"## Where the time goes: {title(content['configuration'])}",
+        f"The profile of a step of the loss; {_machine(content)}; "
         f"`python benchmarks/hot_spots.py {content['configuration']}`.",
         markdown_table(header, lines),
         "The last column is the most a row could gain if everything but its convolutions were free.",
@@ -195,7 +199,8 @@ def plan_traffic(content: Content) -> list[str]:
         cells = [*kinds, f"{total / 1e9:.2f}", f"{total / forward:.2f}x", f"{graph['scratch_bytes'] / 2**20:.0f}"]
         lines.append([graph["graph"], str(graph["kernels"]), *cells])
     return [
-        f"What the kernels of TensorRT-RTX's plans of {title(content['configuration'])} read and write in GB, "
+        f"## What a plan moves: {title(content['configuration'])}",
+        "What the kernels of TensorRT-RTX's plans read and write in GB, "
         f"{content['precision']}, batch {content['batch_size']}, as its builder {content['versions'][_BUILDER]} lists "
         f"them, and scratch memory in MiB; no plan is run, and no GPU is needed; {_machine(content)}; "
         f"`python benchmarks/plan_traffic.py {content['configuration']}`. A forward pass is the encoder and the noise "
@@ -218,7 +223,7 @@ def train_step(content: Content, picture: str | None = None) -> list[str]:
         lines.append([row["loss"], _time(row), *cells])
     side = content["side"]
     return [
-        "### A training step",
+        "## A training step",
         "The whole step of a restoration network with the layout of NAFNet at width 32 "
         f"({content['network_parameters'] / 1e6:.1f} M parameters), batch {content['batch_size']} of {side}x{side} "
         f"pixels, with the UNet of {title(content['configuration'])}; medians and quartiles; {_machine(content)}; "
@@ -247,7 +252,7 @@ def scaling(content: Content, picture: str | None = None) -> list[str]:
             ]
         )
     return [
-        "### Scaling",
+        "## Scaling",
         f"A step of the loss of {title(content['configuration'])}; {_machine(content)}; "
         "`python benchmarks/scaling.py`. Time grows as size^exponent.",
         markdown_table(["", "size", "ms", "exponent", "MiB"], lines),
@@ -304,7 +309,7 @@ def exports(content: Content, picture: str | None = None) -> list[str]:
     backends = {export["build"]["backend"] for export in content["exports"] if export.get("build")}
     command = " ".join(["python benchmarks/export.py", *names, *(f"--build {backend}" for backend in backends)])
     return [
-        "### Export",
+        "## Export",
         f"Time and peak memory of all four graphs; {_machine(content)}; `{command}`.",
         markdown_table(header, lines),
         *_picture("Time of each stage of an export", picture),

@@ -1,9 +1,10 @@
-"""Train with DiffLoss in Hugging Face Accelerate: on one device, or with `accelerate launch` on several.
+"""Train with DiffLoss in Hugging Face Accelerate: on one device, or on several by a launcher.
 
     python examples/train_accelerate.py BUNDLE [--steps N]
     accelerate launch examples/train_accelerate.py BUNDLE [--steps N]
+    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/train_accelerate.py BUNDLE [--steps N]
 
-BUNDLE is what `diffloss-export onnx builtin -o BUNDLE` writes, or another one of square RGB images.
+BUNDLE is what `diffloss-export onnx builtin --batch-size 4 -o BUNDLE` writes, or another one of square RGB images.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ BATCH_SIZE = 4
 
 def train(accelerator: Accelerator, bundle: str, steps: int) -> list[dict[str, float]]:
     """Train a new network; return each step's terms, means over all processes."""
-    # The loss is not prepared: nothing of it is trained. Each process loads one for its own device.
-    loss_fn = DiffLoss.load(bundle, device=accelerator.device, naturalness_weight=0.1, semantic_weight=1e-3)
-    set_seed(0, device_specific=True)  # every process draws its own timesteps and noise
+    # The loss is not prepared: nothing of it is trained. Each process loads one for its own device, with the same seed,
+    # into which the loss mixes the rank: every process draws its own timesteps and noise.
+    loss_fn = DiffLoss.load(bundle, device=accelerator.device, naturalness_weight=0.1, semantic_weight=1e-3, seed=0)
+    set_seed(0)
     side = loss_fn.resolution[0] if loss_fn.resolution else 64
     network = RestorationNetwork()
     network, optimizer, loader = accelerator.prepare(

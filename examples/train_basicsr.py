@@ -2,8 +2,8 @@
 
     python examples/train_basicsr.py BUNDLE [--steps N]
 
-BUNDLE is what `diffloss-export onnx builtin -o BUNDLE` writes, or another one of square RGB images. BasicSR is not
-among the dependencies of the examples: pip install basicsr.
+BUNDLE is what `diffloss-export onnx builtin --batch-size 4 -o BUNDLE` writes, or another one of square RGB images.
+BasicSR and torchvision are not among the dependencies of the examples: pip install basicsr torchvision.
 """
 
 from __future__ import annotations

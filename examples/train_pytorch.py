@@ -2,7 +2,7 @@
 
     python examples/train_pytorch.py BUNDLE [--steps N]
 
-BUNDLE is what `diffloss-export onnx builtin -o BUNDLE` writes, or another one of square RGB images.
+BUNDLE is what `diffloss-export onnx builtin --batch-size 4 -o BUNDLE` writes, or another one of square RGB images.
 """
 
 from __future__ import annotations

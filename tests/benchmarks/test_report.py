@@ -1,13 +1,14 @@
-"""README.md's performance section says what the results say, and a change of either is noticed."""
+"""README.md and docs/performance.md say what the results say, and a change of either is noticed."""
 
 from __future__ import annotations
 
 import copy
+import posixpath
 import re
 from pathlib import Path
 
 import pytest
-from report import BEGIN, END, PAGE, RESULTS, ROOT, differences, load, make_report, write
+from report import BEGIN, END, PAGE, README, RESULTS, ROOT, Report, differences, load, make_report, make_summary, write
 from sections import Content
 
 LOSS_STEP = "loss-step-cifar10-cpu"
@@ -23,29 +24,67 @@ def table_row(text: str, start: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_the_page_and_its_pictures_are_in_step(results: dict[str, Content]) -> None:
-    report = make_report(results)
-    assert differences(report, PAGE, ROOT) == []
-    assert all(f"]({each.path})" in report.text for each in report.pictures)
+def shown(report: Report, page: Path) -> set[str]:
+    """Return the paths, in the repository, of the pictures that a page shows."""
+    folder = page.relative_to(ROOT).parent.as_posix()
+    links = re.findall(r"^!\[.*\]\((.*)\)$", report.text, re.MULTILINE)
+    return {posixpath.normpath(posixpath.join(folder, link)) for link in links}
+
+
+def not_measured(report: Report) -> list[str]:
+    paragraph = re.search("^Not measured: (.*)[.]$", report.text, re.MULTILINE | re.DOTALL)
+    assert paragraph
+    return paragraph[1].replace("\n", " ").split("; ")
+
+
+def test_the_pages_and_their_pictures_are_in_step(results: dict[str, Content]) -> None:
+    assert differences(make_report(results), PAGE, ROOT) == []
+    assert differences(make_summary(results), README, ROOT) == []
+
+
+def test_pages_show_pictures_from_where_they_are(results: dict[str, Content]) -> None:
+    report, summary = make_report(results), make_summary(results)
+    assert shown(report, PAGE) == {each.path for each in report.pictures}
+    assert set() < shown(summary, README) < shown(report, PAGE)
+
+
+def test_the_summary_has_the_steps_their_aims_and_what_is_not_measured(results: dict[str, Content]) -> None:
+    report, summary = make_report(results), make_summary(results)
+    for start in ("diffloss-trt, inductor, bf16", "ONNX Runtime in fp32", "DiffLoss, eager PyTorch"):
+        assert table_row(summary.text, start) == table_row(report.text, start)
+    assert not_measured(summary) == not_measured(report)
+    # README.md's own heading stands above the section, the page's title above the page's.
+    headings = re.findall("^#.*$", report.text, re.MULTILINE)
+    assert all(heading.startswith("## ") for heading in headings)
+    assert {f"#{heading}" for heading in headings} > set(re.findall("^#.*$", summary.text, re.MULTILINE)) > set()
+
+
+def test_what_readme_says_to_expect_is_what_was_measured(results: dict[str, Content]) -> None:
+    expected = README.read_text().partition("**What to expect.**")[2].partition("**State.**")[0]
+    said = [float(speed) for speed in re.findall(r"([\d.]+) times the speed of\s+eager", expected)]
+    summary = make_summary(results).text
+    rows = [table_row(summary, f"diffloss-trt, {row}") for row in ("onnxruntime, fp32", "inductor, bf16")]
+    assert said == [round(float(row[3].rstrip("x")), 1) for row in rows]
 
 
 def test_another_result_is_noticed(results: dict[str, Content]) -> None:
     results[LOSS_STEP]["rows"][-1]["times_eager"] += 1
+    assert differences(make_summary(results), README, ROOT) == ["README.md, what is measured"]
     found = differences(make_report(results), PAGE, ROOT)
-    assert found == ["README.md, what is measured", f"docs/images/{LOSS_STEP}.png"]
+    assert found == ["performance.md, what is measured", f"docs/images/{LOSS_STEP}.png"]
 
 
 def test_an_edit_of_the_section_is_noticed_and_undone(results: dict[str, Content], tmp_path: Path) -> None:
     page = tmp_path / "README.md"
-    page.write_text(PAGE.read_text().replace("**missed**", "met"))
-    report = make_report(results)
+    page.write_text(README.read_text().replace("**missed**", "met"))
+    report = make_summary(results)
     assert differences(report, page, ROOT) == ["README.md, what is measured"]
     write(report, page, ROOT)
-    assert page.read_text() == PAGE.read_text()
+    assert page.read_text() == README.read_text()
 
 
 def test_pictures_that_are_missing_are_drawn(results: dict[str, Content], tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
+    page = tmp_path / "performance.md"
     page.write_text(f"before\n{BEGIN}\n{END}\nbehind\n")
     report = make_report({LOSS_STEP: results[LOSS_STEP]})
     (tmp_path / report.pictures[0].path).parent.mkdir(parents=True)
@@ -78,12 +117,9 @@ def test_a_fast_row_with_a_wrong_gradient_meets_no_target(results: dict[str, Con
 
 
 def test_what_is_absent_is_said_to_be_not_measured(results: dict[str, Content]) -> None:
-    def missing() -> list[str]:
-        paragraph = re.search("^Not measured: (.*)[.]$", make_report(results).text, re.MULTILINE | re.DOTALL)
-        assert paragraph
-        return paragraph[1].replace("\n", " ").split("; ")
-
-    before = missing()
+    before = not_measured(make_report(results))
     assert "a step of the loss of the paper's ADM-256 on a GPU" in before
     del results[LOSS_STEP]
-    assert set(missing()) - set(before) == {"a step of the loss of google/ddpm-cifar10-32 on a CPU"}
+    added = {"a step of the loss of google/ddpm-cifar10-32 on a CPU"}
+    assert set(not_measured(make_report(results))) - set(before) == added
+    assert set(not_measured(make_summary(results))) - set(before) == added

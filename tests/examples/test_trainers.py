@@ -75,8 +75,9 @@ def test_lightning(run: Callable[..., str], tmp_path: Path) -> None:
     assert len(totals) == 2
     assert min(totals) > 0
     assert epoch == pytest.approx(sum(totals) / 2, rel=1e-5)
-    # The checkpoint is the network's alone: nothing of the prior is in it.
+    # The checkpoint holds the network and where the draws are: nothing of the prior is in it.
     state = torch.load(out / "last.ckpt", weights_only=True)["state_dict"]
+    assert state.pop("loss_fn.draws._extra_state").tolist() == [0, 2]
     assert state.keys() == {f"network.{name}" for name in RestorationNetwork().state_dict()}
 
 
