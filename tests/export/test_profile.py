@@ -58,6 +58,15 @@ def test_json() -> None:
     }
 
 
+def test_table(
+    exported: Callable[..., Exported], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profiles = {"encoder": Profile((2.0,), {"{ForeignNode[a...b]} + [/conv_in]": 0.5})}
+    monkeypatch.setattr("diffloss_export.profile.profile_bundle", lambda *_, **__: profiles)
+    assert main(["profile", str(exported().bundle.path)]) == 0
+    assert "{ForeignNode[a...b]} + [/conv_in]" in capsys.readouterr().out
+
+
 @pytest.mark.gpu
 def test_profile(
     flavour: str,
