@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 from onnx import TensorProto, helper
 
-from diffloss_engine import Bundle, BundleError, BundleWriter, Graph, IntegrityError, TensorSpec, file_sha256
+from diffloss_engine import (
+    Bundle,
+    BundleError,
+    BundleWriter,
+    Graph,
+    InputTypeError,
+    IntegrityError,
+    TensorSpec,
+    file_sha256,
+)
 
 X = TensorSpec("x", "float32", (4,))
 SHA256 = "0" * 64
@@ -97,6 +106,18 @@ def test_what_is_no_bundle_says_why(tmp_path: Path) -> None:
         Bundle.open(tmp_path / "file")
     with pytest.raises(BundleError, match=r"not a bundle: it has no manifest\.json"):
         Bundle.open(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/bundle", "x" * 5000])
+def test_paths_that_no_system_opens_say_why(path: str) -> None:
+    with pytest.raises(BundleError, match="cannot be opened: "):
+        Bundle.open(path)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"bundle"])
+def test_what_is_no_path_is_named(path: Any) -> None:
+    with pytest.raises(InputTypeError, match=f"the bundle is {path!r}, a {type(path).__name__}; expected the path"):
+        Bundle.open(path)
 
 
 def test_file_altered_at_equal_size_is_found_at_first_use(bundle: Bundle) -> None:
