@@ -410,17 +410,19 @@ def _bench(args: argparse.Namespace) -> int:
     for row in result["rows"]:
         memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**20:8.0f} MiB"
         print(f"  {row['name']:48} {row['median_ms']:9.1f} ms  {row['speedup_vs_eager']:5.2f}x {memory}")
+    for note in result["notes"]:
+        print(f"note: {note}")
     return 0
 
 
 def _profile(args: argparse.Namespace) -> int:
     from diffloss_engine.bundle import Bundle
     from diffloss_engine.trt_profile import largest
-    from diffloss_export.profile import PERCENTILES, draw, import_figure, profile_bundle, to_json
+    from diffloss_export.profile import PERCENTILES, check_output, draw, profile_bundle, to_json
 
     bundle = Bundle.open(args.bundle)
     if args.output:
-        import_figure()  # what is missing is to be known before the plans are run
+        check_output(args.output, bundle)  # what is missing is to be known before the plans are run
     with _stages() as on_stage:
         profiles = profile_bundle(bundle, flavour=args.backend, runs=args.runs, on_stage=on_stage)
     if args.output:
@@ -455,21 +457,24 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
+    from diffloss_engine.bundle import Bundle
     from diffloss_export.explain import check_output, draw, explain, load_loss, read_images, to_json
+    from diffloss_export.pictures import write_picture
     from diffloss_trt.loss import choose_device
 
-    check_output(args.output, args.restored, args.target)
+    bundle = None if args.bundle is None else Bundle.open(args.bundle)
+    check_output(args.output, args.restored, args.target, bundle=bundle)
     with _stages() as on_stage:
         on_stage("loading")
         loss, tile = load_loss(
-            args.bundle,
+            bundle,
             device=choose_device(args.device),
             naturalness_weight=args.naturalness_weight,
             semantic_weight=args.semantic_weight,
         )
         restored, target = read_images(args.restored, args.target, loss.evaluator.channels)
         explanation = explain(loss, restored, target, tile=tile, draws=args.draws, seed=args.seed, on_stage=on_stage)
-    draw(explanation, restored).save(args.output)
+    write_picture(args.output, draw(explanation, restored).save)
     if args.json:
         print(json.dumps(to_json(explanation), indent=2))
         return 0
