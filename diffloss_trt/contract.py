@@ -28,7 +28,9 @@ import torch
 
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BundleError
+from diffloss_engine.strict_json import expect, expect_positive
 from diffloss_engine.tensors import TensorSpec
+from diffloss_trt.schedule import NoiseSchedule
 
 ENCODER: Final = "encoder"
 NOISE_HEAD: Final = "noise_head"
@@ -69,12 +71,39 @@ def skip_name(index: int) -> str:
     return f"skip_{index}"
 
 
-def check_names(bundle: Bundle) -> None:
-    """Raise BundleError if the tensors of a bundle's graphs are not those that were agreed on, by name and order."""
+def agreed_shape(name: str, images: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the shape of a tensor that goes with images [B, C, H, W]; None if it depends on the UNet."""
+    if name in (NOISY, RESTORED, TARGET, NOISE, GRADIENT):
+        return images
+    numbers = (TIMESTEPS, NATURALNESS_WEIGHT, SEMANTIC_WEIGHT, NATURALNESS, SEMANTIC)
+    return images[:1] if name in numbers else None
+
+
+def read_channels(bundle: Bundle) -> int:
+    """Return the channels of the bundle's images. Raises BundleError if its UNet has none."""
+    config = expect(bundle.read_json(UNET_CONFIG), dict, UNET_CONFIG)
+    return expect_positive(config.get("in_channels"), f"{UNET_CONFIG}: in_channels")
+
+
+def read_schedule(bundle: Bundle) -> NoiseSchedule:
+    """Return the bundle's schedule. Raises BundleError if it is none, or not the one that the manifest tells of."""
+    schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
+    for name, found in (("timesteps", len(schedule)), ("prediction_type", schedule.prediction_type)):
+        if bundle.unet.get(name, found) != found:
+            raise BundleError(
+                f"{bundle.path}: {name} of {SCHEDULE} is {found!r}, and of the manifest {bundle.unet[name]!r}"
+            )
+    return schedule
+
+
+def check_graphs(bundle: Bundle) -> None:
+    """Raise BundleError if the tensors of a bundle's graphs are not those agreed on, by name, order and shape."""
+    images = (bundle.batch_size, read_channels(bundle), *bundle.resolution)
     for name, (takes, returns) in _AGREED.items():
         if name not in bundle.graphs:
             continue
-        inputs, outputs = _names(bundle.graphs[name].inputs), _names(bundle.graphs[name].outputs)
+        graph = bundle.graphs[name]
+        inputs, outputs = _names(graph.inputs), _names(graph.outputs)
         if name == NOISE_HEAD and ENCODER in bundle.graphs:
             takes = [*_names(bundle.graphs[ENCODER].outputs), *takes]
         if inputs != takes[: len(inputs)] or returns != outputs[: len(returns)]:
@@ -82,6 +111,13 @@ def check_names(bundle: Bundle) -> None:
                 f"{bundle.path}: the {name} graph takes {', '.join(takes)} and returns {', '.join(returns)}, "
                 f"but in this bundle it takes {', '.join(inputs)} and returns {', '.join(outputs)}"
             )
+        for spec in (*graph.inputs, *graph.outputs):
+            shape = agreed_shape(spec.name, images) or (bundle.batch_size, *spec.shape[1:])
+            if spec.shape != shape:
+                raise BundleError(
+                    f"{bundle.path}: {spec.name} of the {name} graph has shape {list(spec.shape)}, "
+                    f"but for images {list(images)} it has {list(shape)}"
+                )
 
 
 def _names(specs: Iterable[TensorSpec]) -> list[str]:

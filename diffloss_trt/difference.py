@@ -521,6 +521,8 @@ def divide(tape: Tape, a: Pair | Tensor | float, b: Pair | Tensor | float) -> Pa
     """`a / b`, `b` being no pair."""
     if isinstance(b, Pair):
         raise ModelError("a division by what depends on the image has no difference form")
+    if not isinstance(b, Tensor) and b == 0:
+        raise ModelError("the UNet divides by zero: one of its settings, such as mid_block_scale_factor, is 0")
     return multiply(tape, a, 1 / b)
 
 

@@ -15,9 +15,8 @@ from diffloss_engine.batching import run_batched
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.cuda_graph import GraphedSession
 from diffloss_engine.fp32_precision import fp32_precision
-from diffloss_engine.inductor import compile_program, has_bfloat16, open_compiled, package_key
+from diffloss_engine.inductor import check_compiler, compile_program, has_bfloat16, open_compiled, package_key
 from diffloss_engine.session import Session, open_graph
-from diffloss_engine.strict_json import expect, expect_positive
 from diffloss_engine.torch_session import TorchSession
 from diffloss_trt.autograd import Cotangents, Recompute
 from diffloss_trt.contract import (
@@ -29,12 +28,12 @@ from diffloss_trt.contract import (
     NOISE_HEAD,
     NOISY,
     PRECISIONS,
-    SCHEDULE,
     SEMANTIC,
     SEMANTIC_GRADIENT,
     TIMESTEPS,
-    UNET_CONFIG,
-    check_names,
+    check_graphs,
+    read_channels,
+    read_schedule,
 )
 from diffloss_trt.gradient import program_version, run_gradient_graph, trace_gradient
 from diffloss_trt.objective import Terms, combine, mean_square
@@ -159,15 +158,14 @@ class _BundleEvaluator:
     """What the evaluators on a bundle have in common: copies share it, and a pickle holds the bundle's place alone."""
 
     def __init__(self, bundle: Bundle, backend: str, device: torch.device) -> None:
-        check_names(bundle)
+        check_graphs(bundle)
         self.bundle = bundle
         self.backend = backend
         self.device = device
-        self.schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
+        self.schedule = read_schedule(bundle)
         self.resolution = bundle.resolution
         self.batch_size = bundle.batch_size
-        config = expect(bundle.read_json(UNET_CONFIG), dict, UNET_CONFIG)
-        self.channels = expect_positive(config.get("in_channels"), f"{UNET_CONFIG}: in_channels")
+        self.channels = read_channels(bundle)
         self.resolution_multiple = 1  # there is but one resolution
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -248,7 +246,12 @@ class FusedEvaluator(_BundleEvaluator):
             self.bundle.graphs[name].inputs,
             self.device,
         )
-        return key, lambda: compile_program(*self.trace(name, self.dtype))
+
+        def make() -> bytes:
+            check_compiler()  # before a large UNet is read and traced
+            return compile_program(*self.trace(name, self.dtype))
+
+        return key, make
 
     def trace(self, name: str, dtype: torch.dtype) -> tuple[nn.Module, list[Tensor]]:
         """Return a gradient graph as a PyTorch module, and inputs like those that it takes."""

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from diffloss_engine import strict_json
-from diffloss_engine.errors import BundleError, InputError, IntegrityError
+from diffloss_engine.errors import BundleError, InputError, InputTypeError, IntegrityError
 from diffloss_engine.external_data import read_external_data
 from diffloss_engine.hashed_files import compare_files, file_sha256, flush_to_disk, list_files
 from diffloss_engine.manifest import FORMAT_VERSION, MANIFEST, FileEntry, Graph, Manifest
@@ -60,11 +60,18 @@ class Bundle:
 
         Raises BundleError if there is no folder, if it is not a bundle or one of a newer format version, if the
         manifest is malformed, or if anything in the folder is neither a folder nor a regular file (links included);
-        IntegrityError if a file is missing, has another size, or does not belong to the bundle.
+        IntegrityError if a file is missing, has another size, or does not belong to the bundle; InputTypeError for what
+        is no path.
         """
-        folder = Path(path).expanduser()  # nobody does it for a path in a file of options
-        if not folder.is_dir():
-            raise BundleError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist")
+        if not isinstance(path, str | os.PathLike):
+            raise InputTypeError(f"the bundle is {path!r}, a {type(path).__name__}; expected the path of a folder")
+        try:
+            folder = Path(path).expanduser()  # nobody does it for a path in a file of options
+            if not folder.is_dir():
+                raise BundleError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist")
+        # Of a home that is not known, or a path that is too long.
+        except (OSError, RuntimeError) as error:
+            raise BundleError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
         on_disk = list_files(folder)
         if on_disk.pop(MANIFEST, None) is None:
             raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
@@ -180,6 +187,10 @@ class BundleWriter:
             raise InputError(f"{self.destination} cannot be written: the folder {parent} does not exist")
         if not os.access(parent, os.W_OK | os.X_OK):
             raise InputError(f"{self.destination} cannot be written: the folder {parent} is not writable")
+        if os.path.ismount(self.destination):
+            raise InputError(
+                f"{self.destination} cannot be replaced: a file system is mounted there; name a folder inside it"
+            )
         self._check_destination()
 
     def __enter__(self) -> Self:

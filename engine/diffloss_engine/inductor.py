@@ -23,6 +23,17 @@ from diffloss_engine.tensors import TensorSpec
 from diffloss_engine.torch_session import TorchSession
 
 
+def check_compiler() -> None:
+    """Raise BackendUnavailableError if there is no C++ compiler, which inductor needs for a GPU too."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise BackendUnavailableError(f"inductor cannot compile here: {str(error).splitlines()[0]}") from error
+
+
 def compile_program(program: nn.Module, inputs: Sequence[Tensor]) -> bytes:
     """Compile a program whose weights are its buffers, for `inputs` like these and the device that they are on.
 

@@ -55,10 +55,7 @@ class Graph:
     def from_json(cls, name: str, value: object) -> Graph:
         """Read what `to_json` wrote. Raises BundleError for anything else."""
         where = f"graph {name!r}"
-        if not _NAME.fullmatch(name):
-            raise BundleError(
-                f"{where}: the name may hold letters, digits and '_', '-', '.', and not begin with '.' or '-'"
-            )
+        _expect_name(name, where)
         fields = expect_object(value, _GRAPH_FIELDS, where)
         weights = expect(fields["weights"], list, f"{where}: weights")
         return cls(
@@ -162,6 +159,14 @@ def expect_path(value: object, where: str) -> str:
     return path
 
 
+def _expect_name(name: str, where: str) -> None:
+    # Names are printed to terminals, where others can be commands.
+    if not _NAME.fullmatch(name):
+        raise BundleError(
+            f"{where}: the name may hold letters, digits and '_', '-', '.', and not begin with '.' or '-'"
+        )
+
+
 def _expect_up_to(most: int, value: object, where: str) -> int:
     number = expect_positive(value, where)
     if number > most:
@@ -182,7 +187,8 @@ def _check_format(fields: dict[str, Any]) -> None:
 
 def _expect_unet(value: object) -> dict[str, Any]:
     unet = expect(value, dict, "unet")
-    expect(unet.get("class"), str, "unet: class")
+    name = expect(unet.get("class"), str, "unet: class")
+    _expect_name(name, f"unet: class {name!r}")
     expect_positive(unet.get("parameters"), "unet: parameters")
     _expect_sha256(unet.get("sha256"), "unet: sha256")
     return unet
@@ -193,6 +199,8 @@ def _expect_specs(value: object, where: str) -> tuple[TensorSpec, ...]:
     names = [spec.name for spec in specs]
     if len(set(names)) != len(names):
         raise BundleError(f"{where}: a name occurs twice in {names}")
+    for name in names:
+        _expect_name(name, f"{where}: tensor {name!r}")
     return specs
 
 

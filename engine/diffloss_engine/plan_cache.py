@@ -38,9 +38,9 @@ Plan = bytes | memoryview
 def default_folder() -> Path:
     """Return $DIFFLOSS_CACHE, or else diffloss-trt in the user's cache folder. Raises InputError if there is none."""
     chosen = os.environ.get("DIFFLOSS_CACHE")
-    if chosen:
-        return Path(chosen)
     try:
+        if chosen:
+            return Path(chosen).expanduser()  # no shell does it for what is in quotes, or in a file of settings
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffloss-trt"
     except RuntimeError as error:
         raise InputError("no home directory to keep plans in: set DIFFLOSS_CACHE to a folder") from error

@@ -27,7 +27,7 @@ def spinner() -> Progress:
     """Return a display of what runs and for how long, which goes away when it is done."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     return Progress(*columns, console=stderr_console(), transient=True)
 
 

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from diffloss_engine.bundle import Bundle
+from diffloss_export.model_files import first_line
 from diffloss_trt import DiffLoss
-from diffloss_trt.contract import PRECISIONS, SCHEDULE
+from diffloss_trt.contract import PRECISIONS, read_schedule
 from diffloss_trt.evaluators import EagerEvaluator
 from diffloss_trt.probe import Probe
-from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.tolerances import PLAIN_DB
 from diffloss_trt.unet import TappedUNet, reload_unet
 
 _ROUNDS = 7
 _WARM_UPS = 2
 EAGER = "eager PyTorch fp32"
+_COMPILED = "torch.compile"
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,26 @@ def bench_bundle(
     device: torch.device,
     on_stage: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Return {device, torch, rows}: medians over interleaved rounds, at the bundle's batch size and resolution.
+    """Return {device, torch, rows, notes}: medians over interleaved rounds, at the bundle's batch size and resolution.
 
-    A step is the loss's value and its gradient with respect to the restored images, both terms, paper weights.
+    A step is the loss's value and its gradient with respect to the restored images, both terms, paper weights. Where
+    torch.compile fails, for want of a C++ compiler for example, its row is left out, and a note says so.
     """
     on_stage("checking hashes")
     bundle.verify_hashes()
     steps = _steps(bundle, backend, device, on_stage)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for name, step in steps.items():
+    notes = []
+    for name, step in list(steps.items()):
         on_stage(f"warming up {name}")
-        for _ in range(_WARM_UPS):
-            step()
+        try:
+            for _ in range(_WARM_UPS):
+                step()
+        except RuntimeError as error:
+            if not name.startswith(_COMPILED):
+                raise
+            del steps[name]
+            notes.append(f"{name} is left out: {first_line(error)}")
+    times: dict[str, list[float]] = {name: [] for name in steps}
     peaks = {name: _peak_memory(step, device) for name, step in steps.items()}
     for round_number in range(_ROUNDS):
         on_stage(f"round {round_number + 1} of {_ROUNDS}")
@@ -67,14 +76,14 @@ def bench_bundle(
     medians = {name: statistics.median(values) for name, values in times.items()}
     rows = [BenchRow(name, medians[name], medians[EAGER] / medians[name], peaks[name]) for name in steps]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
+    return {"device": name, "torch": torch.__version__, "rows": [asdict(row) for row in rows], "notes": notes}
 
 
 def _steps(
     bundle: Bundle, backend: str, device: torch.device, on_stage: Callable[[str], None]
 ) -> dict[str, Callable[[], Tensor]]:
     on_stage("loading")
-    schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
+    schedule = read_schedule(bundle)
 
     def tapped(dtype: torch.dtype) -> TappedUNet:
         return TappedUNet(reload_unet(bundle, dtype, device), schedule)
@@ -108,7 +117,7 @@ def _steps(
     ours = DiffLoss.load(bundle.path, backend=backend, device=device, value_range=(-1.0, 1.0))
     return {
         EAGER: step(eager_loss(eager)),
-        f"torch.compile {str(dtype).removeprefix('torch.')}": step(eager_loss(compiled)),
+        f"{_COMPILED} {str(dtype).removeprefix('torch.')}": step(eager_loss(compiled)),
         f"diffloss-trt {ours.evaluator.backend}, {ours.evaluator.backward}, {bundle.precision}": step(ours),
     }
 

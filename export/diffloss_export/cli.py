@@ -26,16 +26,25 @@ _ENDED_BY = 128  # and the number of a signal, as shells say it
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Return 0 when done, 1 when a check failed, 2 for wrong usage or input, 130 when interrupted."""
-    args = _parser().parse_args(argv)
+    _open_closed_streams()
     try:
-        # It must say what is wrong where nothing can be imported.
-        status = _doctor(args) if args.run is _doctor else _run(args)
+        status = _run(_parser().parse_args(argv))
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # Whoever read the output has had enough. What is left of it must not be written when Python ends, either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read the output has had enough.
+        _drop_output()
         return _ENDED_BY + signal.SIGPIPE
+    except OSError as error:
+        _drop_output()
+        print(f"diffloss-export: {error}", file=sys.stderr)
+        return WRONG_INPUT
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        # It must say what is wrong where nothing can be imported.
+        return _doctor(args) if args.run is _doctor else _run_with_torch(args)
     except KeyboardInterrupt as interrupt:
         # What `build` had finished before stays in the cache.
         written = ", no bundle was written" if args.run is _onnx else ""
@@ -43,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _ENDED_BY + next(iter(interrupt.args), signal.SIGINT)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run_with_torch(args: argparse.Namespace) -> int:
     # Brings torch with it, which takes a second or two that no help text and no wrong option should wait for.
     from diffloss_engine.errors import DiffLossError, IntegrityError, ParityError
 
@@ -54,17 +63,31 @@ def _run(args: argparse.Namespace) -> int:
     except DiffLossError as error:
         print(f"diffloss-export: {error}", file=sys.stderr)
         return FAILED_CHECK if isinstance(error, ParityError | IntegrityError) else WRONG_INPUT
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        print(f"diffloss-export: {error}", file=sys.stderr)
-        return WRONG_INPUT
     except (MemoryError, RuntimeError) as error:
         # PyTorch has a class for this, OutOfMemoryError, on a GPU alone.
         if "MemoryError" not in type(error).__name__ and "can't allocate memory" not in str(error):
             raise
         print(f"diffloss-export: there is not enough memory: {' '.join(str(error).split())}", file=sys.stderr)
         return WRONG_INPUT
+
+
+def _open_closed_streams() -> None:
+    """Open the standard streams that the process was started without (`2>&-`), to nowhere.
+
+    Python has None in their places, for which `print` takes stdout, and their numbers go to the files opened next: of a
+    bundle, into which a library would then write its messages. The lowest number that is free is the stream's own.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (it stays open)
+
+
+def _drop_output() -> None:
+    """Write what is left of the output nowhere, if it cannot be written: Python tries it once more when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Version(argparse.Action):
@@ -78,6 +101,11 @@ class _Version(argparse.Action):
 
 
 class _Parser(argparse.ArgumentParser):
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Exit, after what was printed has been written: when Python ends, nobody could say that it was not."""
+        sys.stdout.flush()
+        super().exit(status, message)
+
     def error(self, message: str) -> NoReturn:
         """Exit with one line, as every other error of the command does."""
         self.exit(WRONG_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -382,17 +410,19 @@ def _bench(args: argparse.Namespace) -> int:
     for row in result["rows"]:
         memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**20:8.0f} MiB"
         print(f"  {row['name']:48} {row['median_ms']:9.1f} ms  {row['speedup_vs_eager']:5.2f}x {memory}")
+    for note in result["notes"]:
+        print(f"note: {note}")
     return 0
 
 
 def _profile(args: argparse.Namespace) -> int:
     from diffloss_engine.bundle import Bundle
     from diffloss_engine.trt_profile import largest
-    from diffloss_export.profile import PERCENTILES, draw, import_figure, profile_bundle, to_json
+    from diffloss_export.profile import PERCENTILES, check_output, draw, profile_bundle, to_json
 
     bundle = Bundle.open(args.bundle)
     if args.output:
-        import_figure()  # what is missing is to be known before the plans are run
+        check_output(args.output, bundle)  # what is missing is to be known before the plans are run
     with _stages() as on_stage:
         profiles = profile_bundle(bundle, flavour=args.backend, runs=args.runs, on_stage=on_stage)
     if args.output:
@@ -402,12 +432,13 @@ def _profile(args: argparse.Namespace) -> int:
         return 0
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     for name, found in profiles.items():
         percentiles = ", ".join(f"p{percent} {found.percentile(percent):.3f}" for percent in PERCENTILES)
         table = Table("layer", "ms", title=f"{name}, ms a run: {percentiles}")
         for layer, ms in largest(found.layers, 20):
-            table.add_row(layer, f"{ms:.3f}")
+            table.add_row(Text(layer), f"{ms:.3f}")
         Console().print(table)
     return 0
 
@@ -415,7 +446,8 @@ def _profile(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from diffloss_export.doctor import examine, print_report
 
-    report = examine(args.bundle)
+    with _lasting_interrupt():
+        report = examine(args.bundle)
     if args.json:
         print(json.dumps(report, indent=2))
     else:
@@ -425,21 +457,24 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
+    from diffloss_engine.bundle import Bundle
     from diffloss_export.explain import check_output, draw, explain, load_loss, read_images, to_json
+    from diffloss_export.pictures import write_picture
     from diffloss_trt.opening import choose_device
 
-    check_output(args.output, args.restored, args.target)
+    bundle = None if args.bundle is None else Bundle.open(args.bundle)
+    check_output(args.output, args.restored, args.target, bundle=bundle)
     with _stages() as on_stage:
         on_stage("loading")
         loss, tile = load_loss(
-            args.bundle,
+            bundle,
             device=choose_device(args.device),
             naturalness_weight=args.naturalness_weight,
             semantic_weight=args.semantic_weight,
         )
         restored, target = read_images(args.restored, args.target, loss.evaluator.channels)
         explanation = explain(loss, restored, target, tile=tile, draws=args.draws, seed=args.seed, on_stage=on_stage)
-    draw(explanation, restored).save(args.output)
+    write_picture(args.output, draw(explanation, restored).save)
     if args.json:
         print(json.dumps(to_json(explanation), indent=2))
         return 0
@@ -480,7 +515,8 @@ def _lasting_interrupt() -> Iterator[Callable[[], None]]:
     """Give a function that raises KeyboardInterrupt if Ctrl-C was pressed and the exception got lost.
 
     Python drops an exception that is raised in a weak reference's callback or a finaliser, and between two graphs
-    torch spends its time in thousands of those. SIGTERM and SIGHUP, unless they are ignored, do as Ctrl-C does.
+    torch spends its time in thousands of those. SIGTERM and SIGHUP do as Ctrl-C does. What is ignored stays ignored, as
+    Ctrl-C is in what a script starts in the background.
     """
     pressed: list[int] = []
 
@@ -492,8 +528,8 @@ def _lasting_interrupt() -> Iterator[Callable[[], None]]:
         if pressed:
             raise KeyboardInterrupt(pressed[0])
 
-    previous = {signal.SIGINT: signal.signal(signal.SIGINT, press)}
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             previous[number] = signal.signal(number, press)
     try:

@@ -11,6 +11,7 @@ import platform
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,11 @@ def examine(bundle: Path | None = None) -> Report:
         exit status that it calls for: 2 for a folder that is no bundle, or else 1.
     advice: sentences.
     """
-    children = {name: _start(name) for name in ORDER["cuda"]}
-    loading = None if bundle is None else _start("bundle", str(bundle))
-    found = {name: _result(child, _TIMEOUT) for name, child in children.items()}
+    with ExitStack() as running:
+        children = {name: _start(running, name) for name in ORDER["cuda"]}
+        loading = None if bundle is None else _start(running, "bundle", str(bundle))
+        found = {name: _result(child, _TIMEOUT) for name, child in children.items()}
+        loaded = None if loading is None else _result(loading, None)
     backends = {
         name: {"version": None, "precisions": [], "reason": result} if isinstance(result, str) else result
         for name, result in found.items()
@@ -79,10 +82,9 @@ def examine(bundle: Path | None = None) -> Report:
         },
     }
     if loading is not None:
-        result = _result(loading, None)
-        if isinstance(result, str):
-            result = {"error": result, "status": WRONG_INPUT if loading.returncode == WRONG_INPUT else FAILED_CHECK}
-        report["bundle"] = result
+        if isinstance(loaded, str):
+            loaded = {"error": loaded, "status": WRONG_INPUT if loading.returncode == WRONG_INPUT else FAILED_CHECK}
+        report["bundle"] = loaded
     return report | {"advice": advise(report)}
 
 
@@ -180,9 +182,14 @@ def _gpus() -> list[dict[str, str]]:
     return [dict(zip(fields, line, strict=True)) for line in lines if len(line) == len(fields)]
 
 
-def _start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "diffloss_export.trials", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def _start(running: ExitStack, *arguments: str) -> subprocess.Popen[str]:
+    """Start a trial, which ends with `running` at the latest: an interrupted report leaves none behind."""
+    # -P: not what happens to lie in the current folder, a `random.py` for example.
+    command = [sys.executable, "-P", "-m", "diffloss_export.trials", *arguments]
+    child = running.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    running.callback(child.wait)
+    running.callback(child.kill)
+    return child
 
 
 def _result(child: subprocess.Popen[str], timeout: float | None) -> Report | str:

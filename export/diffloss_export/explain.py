@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import InputError
 from diffloss_export.models import BUILTIN, load_model
+from diffloss_export.pictures import check_place
 from diffloss_trt import DiffLoss
 from diffloss_trt.loss import BATCH
 from diffloss_trt.sampling import TimestepSampler, uniform_range
@@ -114,7 +116,7 @@ def _starts(size: int, tile: int, shift: int) -> list[int]:
 
 
 def load_loss(
-    bundle: Path | None, *, device: torch.device, naturalness_weight: float, semantic_weight: float
+    bundle: Bundle | None, *, device: torch.device, naturalness_weight: float, semantic_weight: float
 ) -> tuple[DiffLoss, tuple[int, int]]:
     """Return the loss of a bundle, or of the built-in prior on eager PyTorch, and the size of the images it is for.
 
@@ -122,9 +124,9 @@ def load_loss(
     """
     weights: dict[str, Any] = {"naturalness_weight": naturalness_weight, "semantic_weight": semantic_weight}
     if bundle is not None:
-        loss = DiffLoss.load(bundle, device=device, **weights)
+        loss = DiffLoss.load(bundle.path, device=device, **weights)
         loss.warned.add(BATCH)  # the last tiles are few for any bundle, and this advice is for trainings
-        return loss, Bundle.open(bundle).resolution
+        return loss, bundle.resolution
     model = load_model(BUILTIN)
     side = model.unet.config.sample_size
     return DiffLoss.from_unet(model.unet.to(device), model.schedule, **weights), (side, side)
@@ -139,12 +141,17 @@ def read_images(restored: Path, target: Path, channels: int) -> tuple[Tensor, Te
     return images
 
 
-def check_output(path: Path, *read: Path) -> None:
+def check_output(path: Path, *read: Path, bundle: Bundle | None = None) -> None:
     """Raise InputError if no picture can be written to `path`, or if it is one of the files that are `read`."""
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
         raise InputError(f"{path} does not end like a picture, such as .png")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
+    try:
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), kind)
+    # Of formats that have no colours, or that others have to write.
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be written: {error}; expected a picture in colour, such as .png") from error
+    check_place(path, bundle)
     for image in read:
         # By file and not by name: a link, or another spelling, would overwrite it just the same.
         if path.exists() and image.exists() and path.samefile(image):

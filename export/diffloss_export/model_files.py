@@ -144,6 +144,12 @@ def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
             f"{folder}: only pickled weights, {PICKLED_WEIGHTS}, which are read if asked for (--allow-pickle); "
             f"expected {WEIGHTS}"
         )
+    variants = sorted(path.name for path in folder.glob("diffusion_pytorch_model.*.safetensors"))
+    if variants:
+        raise ModelError(
+            f"{folder}: only variants of the weights, {', '.join(variants)}; one of them is read once it is renamed to "
+            f"{WEIGHTS}"
+        )
     raise ModelError(f"{folder}: no weights: expected {WEIGHTS}")
 
 

@@ -137,12 +137,21 @@ def write_graphs(
 
 
 def check_resolution(tapped: TappedUNet, resolution: tuple[int, int] | None) -> tuple[int, int]:
-    """Return the resolution to export at; `InputError` if the UNet cannot take it."""
+    """Return the resolution to export at.
+
+    Raises InputError if the UNet cannot take it, ModelError if the UNet's own is none.
+    """
     if resolution is None:
         size = tapped.unet.config.sample_size
         if size is None:
             raise InputError("the UNet's configuration has no sample_size: a resolution (--resolution) must be given")
-        resolution = (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        sides = list(size) if isinstance(size, list | tuple) else [size, size]
+        if len(sides) != 2 or any(type(side) is not int or not 1 <= side <= LONGEST_SIDE for side in sides):
+            raise ModelError(
+                f"the UNet's configuration has sample_size {size!r}; "
+                f"expected one or two integers from 1 to {LONGEST_SIDE}"
+            )
+        resolution = sides[0], sides[1]
     multiple = tapped.resolution_multiple
     if any(not 1 <= side <= LONGEST_SIDE or side % multiple for side in resolution):
         raise InputError(

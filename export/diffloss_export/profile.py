@@ -15,6 +15,7 @@ from diffloss_engine.plan_cache import PlanCache
 from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour
 from diffloss_engine.trt_profile import Profile, import_driver, largest, profile_plan
 from diffloss_engine.trt_session import kept_or_built, plan_key
+from diffloss_export.pictures import check_place, write_picture
 
 PERCENTILES = (50, 90, 99)
 _SHOWN = 20
@@ -64,7 +65,10 @@ def to_json(profiles: dict[str, Profile]) -> dict[str, Any]:
 
 
 def draw(profiles: dict[str, Profile], picture: Path) -> None:
-    """Draw a bar for each of the slowest layers of each graph. Raises InputError without matplotlib."""
+    """Draw a bar for each of the slowest layers of each graph.
+
+    Raises InputError without matplotlib, and as `write_picture` does.
+    """
     figure_class = import_figure()
     figure = figure_class(figsize=(10, 4.5 * len(profiles)), layout="constrained")
     rows = figure.subplots(len(profiles), squeeze=False)[:, 0]
@@ -74,7 +78,14 @@ def draw(profiles: dict[str, Profile], picture: Path) -> None:
         axes.invert_yaxis()
         axes.set_xlabel("ms")
         axes.set_title(f"{name}: {profile.percentile(50):.2f} ms a run (median)")
-    figure.savefig(picture)
+    write_picture(picture, figure.savefig)
+
+
+def check_output(path: Path, bundle: Bundle) -> None:
+    """Raise InputError if no picture can be drawn to `path`."""
+    if path.suffix[1:].lower() not in import_figure()().canvas.get_supported_filetypes():
+        raise InputError(f"{path} does not end like a picture, such as .png")
+    check_place(path, bundle)
 
 
 def import_figure() -> Any:

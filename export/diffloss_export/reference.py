@@ -11,10 +11,9 @@ import torch
 
 from diffloss_engine.bundle import Bundle
 from diffloss_export.programs import Program, feature_programs
-from diffloss_trt.contract import SCHEDULE
+from diffloss_trt.contract import read_schedule
 from diffloss_trt.evaluators import EagerEvaluator
 from diffloss_trt.probe import CHECK_WEIGHTS, Probe, Result, run_evaluator
-from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.tolerances import PLAIN_DB
 from diffloss_trt.unet import TappedUNet, reload_unet
 
@@ -46,7 +45,7 @@ class Reference:
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Self:
         """Return the reference for a bundle's graphs: its own UNet."""
-        schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
+        schedule = read_schedule(bundle)
         return cls(TappedUNet(reload_unet(bundle, torch.float64, torch.device("cpu")), schedule), bundle.resolution)
 
     @classmethod

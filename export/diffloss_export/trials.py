@@ -121,11 +121,10 @@ def try_tensorrt(flavour: str) -> dict[str, Any]:
 def try_inductor() -> dict[str, Any]:
     """Look for the compilers that it needs; nothing is compiled, which takes minutes."""
     import torch
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
     from torch.utils.cpp_extension import CUDA_HOME
 
-    from diffloss_engine.inductor import has_bfloat16
+    from diffloss_engine.errors import BackendUnavailableError
+    from diffloss_engine.inductor import check_compiler, has_bfloat16
 
     works, reason = list(PRECISIONS), None
     if torch.cuda.is_available():
@@ -136,9 +135,9 @@ def try_inductor() -> dict[str, Any]:
     if torch.cuda.is_available() and CUDA_HOME is None:
         works, reason = [], "on a GPU it needs a CUDA toolkit: nvcc on the PATH, or $CUDA_HOME"
     try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        works, reason = [], str(error).splitlines()[0]
+        check_compiler()
+    except BackendUnavailableError as error:
+        works, reason = [], str(error)
     return {"version": torch.__version__, "precisions": works, "reason": reason}
 
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from diffloss_engine.batching import run_batched
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import BundleError, ParityError
+from diffloss_engine.errors import BackendUnavailableError, BundleError, ParityError
 from diffloss_engine.session import Session, open_graph, open_session
 from diffloss_engine.tensors import TensorSpec
 from diffloss_engine.torch_session import TorchSession
 from diffloss_export.programs import Program
 from diffloss_export.reference import Reference
 from diffloss_export.widened import widened_specs, write_widened
-from diffloss_trt.contract import PRECISIONS, check_names
+from diffloss_trt.contract import PRECISIONS, check_graphs
 from diffloss_trt.evaluators import FusedEvaluator, RecomputeEvaluator
 from diffloss_trt.probe import CHECK_WEIGHTS, Result, deviations, held_to, run_evaluator, run_gradient, worst_ratio
 from diffloss_trt.tolerances import DIFFERENCE, FEATURE, PLAIN, PLAIN_DB, PLAIN_PLACES, Tolerance
@@ -97,9 +97,11 @@ def verify_bundle(
     `DiffLoss.load` does; a difference beyond its tolerance is in the report, and `raise_for_failure` raises it.
     """
     device = torch.device(device)
+    if backend == "inductor" and not CHECK_WEIGHTS.keys() <= bundle.graphs.keys():
+        raise BackendUnavailableError(f"{bundle.path} has no gradient graph, and inductor compiles these alone")
     on_stage("checking hashes")
     bundle.verify_hashes()
-    check_names(bundle)
+    check_graphs(bundle)
     widens = bundle.precision == "bf16" and device.type == "cpu"
     report = Report(backend=("torch" if widens else "onnxruntime") if backend == "auto" else backend)
     with TemporaryDirectory() as scratch:

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 from onnx import TensorProto, helper
 
-from diffloss_engine import Bundle, BundleError, BundleWriter, Graph, IntegrityError, TensorSpec, file_sha256
+from diffloss_engine import (
+    Bundle,
+    BundleError,
+    BundleWriter,
+    Graph,
+    InputTypeError,
+    IntegrityError,
+    TensorSpec,
+    file_sha256,
+)
 
 X = TensorSpec("x", "float32", (4,))
 SHA256 = "0" * 64
@@ -97,6 +106,18 @@ def test_what_is_no_bundle_says_why(tmp_path: Path) -> None:
         Bundle.open(tmp_path / "file")
     with pytest.raises(BundleError, match=r"not a bundle: it has no manifest\.json"):
         Bundle.open(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/bundle", "x" * 5000])
+def test_paths_that_no_system_opens_say_why(path: str) -> None:
+    with pytest.raises(BundleError, match="cannot be opened: "):
+        Bundle.open(path)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"bundle"])
+def test_what_is_no_path_is_named(path: Any) -> None:
+    with pytest.raises(InputTypeError, match=f"the bundle is {path!r}, a {type(path).__name__}; expected the path"):
+        Bundle.open(path)
 
 
 def test_file_altered_at_equal_size_is_found_at_first_use(bundle: Bundle) -> None:
@@ -218,6 +239,7 @@ def test_graph_paths_that_leave_the_folder_are_refused(bundle: Bundle, field: st
         (["surprise"], 1, r"unknown fields \['surprise'\]"),
         (["unet"], [], "unet is an array"),
         (["unet", "class"], 1, "unet: class is an integer"),
+        (["unet", "class"], "UNet\x1b[2J", r"unet: class 'UNet\\x1b\[2J': the name may hold letters, digits"),
         (["unet", "parameters"], 1.5, "unet: parameters is a number"),
         (["unet", "sha256"], "ABC", "unet: sha256 is 'ABC'"),
         (["resolution"], 8, "resolution is an integer"),
@@ -234,6 +256,7 @@ def test_graph_paths_that_leave_the_folder_are_refused(bundle: Bundle, field: st
         (["graphs", "conv", "nodes"], "2", "graph 'conv': nodes is a string"),
         (["graphs", "conv", "inputs"], {}, "graph 'conv': inputs is an object"),
         (["graphs", "conv", "inputs"], [X.to_json(), X.to_json()], "a name occurs twice"),
+        (["graphs", "conv", "inputs"], [X.to_json() | {"name": "x\ny"}], r"inputs: tensor 'x\\ny': the name may hold"),
         (["graphs", "conv", "weights"], "conv.weights", "graph 'conv': weights is a string"),
         (["graphs", "conv", "weights"], ["other"], "'other', which is not among the files"),
         (["graphs", "conv", "sha256"], SHA256, "different sha256 values"),

@@ -194,6 +194,14 @@ def test_unusable_destination_is_refused_before_any_work(tmp_path: Path) -> None
         pass
 
 
+def test_a_mount_point_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder like another, which cannot be replaced."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    with pytest.raises(InputError, match="a file system is mounted there; name a folder inside it"):
+        BundleWriter(tmp_path)
+    BundleWriter(tmp_path / "bundle")
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_parent_that_is_not_writable_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o555)

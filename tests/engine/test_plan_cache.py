@@ -253,6 +253,8 @@ def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_folder() == Path("/scratch/cache/diffloss-trt")
     monkeypatch.setenv("DIFFLOSS_CACHE", "/plans")
     assert default_folder() == Path("/plans")
+    monkeypatch.setenv("DIFFLOSS_CACHE", "~/plans")
+    assert default_folder() == Path("/home/someone/plans")
 
 
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def test_on_a_terminal_it_is_shown_and_goes_away(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(progress, "stderr_console", lambda: console)
         with Progress(console=console, transient=True) as outer:
             outer.add_task("verifying", total=None)
-            with pytest.raises(KeyError), progress.long_wait("compiling"):
+            with pytest.raises(KeyError), progress.long_wait("compiling [/x]"):
                 raise KeyError("what went wrong inside")
     written = b""
     with contextlib.suppress(OSError):  # which is how Linux says that the other end is closed
@@ -43,6 +43,6 @@ def test_on_a_terminal_it_is_shown_and_goes_away(monkeypatch: pytest.MonkeyPatch
             written += piece
     os.close(ours)
     shown = written.decode()
-    assert "compiling" in shown
+    assert "compiling [/x]" in shown  # a path is no markup
     assert "verifying" in shown
     assert shown.endswith("\x1b[2K")  # the last thing is that the line is erased

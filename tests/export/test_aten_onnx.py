@@ -16,7 +16,7 @@ from torch import Tensor
 from diffloss_engine.errors import ModelError
 from diffloss_engine.session import open_session
 from diffloss_engine.tensors import TensorSpec
-from diffloss_export.aten_onnx import to_onnx
+from diffloss_export.aten_onnx import Emitter, to_onnx
 from diffloss_trt import difference
 from diffloss_trt.difference import Pair, Tape
 from diffloss_trt.objective import wide
@@ -96,6 +96,16 @@ def test_numbers_are_not_rounded_to_half_precision(tmp_path: Path) -> None:
     model, run = to_session(lambda x, y: x * (1 / 3) + y * 0.5, tmp_path, torch.float16)
     assert torch.equal(run(x, torch.zeros_like(x)), x * (1 / 3))
     assert Counter(node.op_type for node in model.graph.node)["Cast"] == 2  # none for the exact 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_constants_are_made_once_and_zero_is_not_minus_zero(dtype: torch.dtype) -> None:
+    emitter = Emitter()
+    ones, zero, minus = (emitter.constant(torch.tensor(number, dtype=dtype)) for number in (1.0, 0.0, -0.0))
+    assert emitter.constant(torch.ones(2, dtype=dtype)[::2][0]) is ones
+    assert emitter.constant(torch.ones(1, dtype=dtype)) is not ones
+    assert emitter.constant(torch.tensor(1.0, dtype=torch.float16)) is not ones
+    assert zero is not minus
 
 
 def test_reshapes_in_a_row_become_one(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import config
 
 from diffloss_engine.bundle import Bundle
 from diffloss_export import bench
@@ -39,6 +40,21 @@ def test_rows_say_what_they_are(exported: Callable[..., Exported], precision: st
         "torch.compile float32",
         f"diffloss-trt {backend}, fused, {precision}",
     ]
+
+
+def test_a_compiler_that_fails_costs_its_row_alone(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.compiler.reset()  # of what other tests have compiled
+    with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        assert main(["bench", str(bundle.path), "--device", "cpu", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in result["rows"]] == [bench.EAGER, "diffloss-trt onnxruntime, fused, fp32"]
+    (note,) = result["notes"]
+    assert note.startswith("torch.compile float32 is left out: InvalidCxxCompiler: No working C++ compiler")
+    monkeypatch.setattr("diffloss_export.bench.bench_bundle", lambda *_, **__: result)
+    assert main(["bench", str(bundle.path), "--device", "cpu"]) == 0
+    assert f"note: {note}" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is told by Linux alone")

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -153,6 +154,25 @@ def test_interrupted_export_leaves_no_bundle(
     BundleWriter(destination)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_what_is_ignored_stays_ignored(run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ctrl-C is where a script has started the command in the background."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+
+    def verify_bundle(*_: object, **__: object) -> NoReturn:
+        for number in numbers:
+            signal.raise_signal(number)
+        raise BundleError("and it went on")
+
+    monkeypatch.setattr("diffloss_export.verify.verify_bundle", verify_bundle)
+    try:
+        assert run("verify", bundle.path) == (2, "", "diffloss-export: and it went on\n")
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def test_help_and_wrong_options_do_not_wait_for_torch() -> None:
     code = (
         "import sys, contextlib\nfrom diffloss_export.cli import main\n"
@@ -267,6 +287,37 @@ def test_whoever_reads_the_output_may_stop(command: list[str], bundle: Bundle) -
     with os.fdopen(writing) as output:
         done = subprocess.run([*command, "inspect", str(bundle.path)], stdout=output, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
+def test_streams_that_are_closed(command: list[str], bundle: Bundle, tmp_path: Path) -> None:
+    def run(redirection: str, *arguments: object) -> tuple[int, str, str]:
+        done = child(["sh", "-c", f'exec "$@" {redirection}', "sh", *command], *arguments)
+        return done.returncode, done.stdout, done.stderr
+
+    # Python prints to stdout what is for a stderr that is closed.
+    assert run("2>&-", "inspect", tmp_path / "none", "--json") == (2, "", "")
+    assert run(">&-", "inspect", bundle.path) == (0, "", "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files of POSIX")
+def test_files_do_not_get_the_numbers_of_closed_streams(command: list[str]) -> None:
+    code = (
+        "import os, sys\nfrom diffloss_export.cli import main\n"
+        "try: main(['--version'])\n"
+        "finally: os.write(1, b'%d' % os.open(os.devnull, os.O_RDONLY))"
+    )
+    done = child(["sh", "-c", 'exec "$@" <&- 2>&-', "sh", sys.executable, "-c", code])
+    assert int(done.stdout.splitlines()[-1]) > 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["verify", "--help"], ["inspect"]])
+def test_full_disk_at_stdout(command: list[str], bundle: Bundle, arguments: list[str]) -> None:
+    more = [bundle.path] if arguments == ["inspect"] else []
+    done = child(["sh", "-c", 'unset PYTHONUNBUFFERED; exec "$@" >/dev/full', "sh", *command], *arguments, *more)
+    assert done.returncode == 2
+    assert "No space left on device" in refusal(done.stderr)
 
 
 @pytest.mark.parametrize("command", ["verify", "bench"])

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch._inductor import config
 
 from diffloss_export.cli import main
 from diffloss_export.pipeline import export_bundle
+from diffloss_trt.evaluators import FusedEvaluator
 from exports import Exported, make_model
 
 
@@ -59,7 +61,18 @@ def test_options_that_do_not_belong_together(
     assert said in last
 
 
+def test_a_missing_compiler_is_told_of_before_anything_is_traced(
+    exported: Callable[..., Exported], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FusedEvaluator, "trace", lambda *_: pytest.fail("it was traced"))
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert main(["build", str(exported().bundle.path), "--backend", "inductor", "--device", "cpu"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("diffloss-export: inductor cannot compile here: No working C++ compiler found")
+
+
 def test_a_bundle_without_gradient_graphs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export_bundle(make_model(), tmp_path / "bundle", batch_size=2, gradient=False)
-    assert main(["build", str(tmp_path / "bundle"), "--backend", "inductor", "--device", "cpu"]) == 2
-    assert "has no gradient graph, and inductor compiles these alone" in capsys.readouterr().err
+    for command in ("build", "verify"):
+        assert main([command, str(tmp_path / "bundle"), "--backend", "inductor", "--device", "cpu"]) == 2
+        assert "has no gradient graph, and inductor compiles these alone" in capsys.readouterr().err

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,27 @@ def test_broken_libraries_and_a_bundle_that_is_none(tmp_path: Path) -> None:
     assert report["bundle"] == {"error": missing, "status": 1}
     assert report["gpus"] == [GPU]
     assert report["advice"] == ["PyTorch cannot be imported, and nothing runs without it: install it again."]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_interrupted_report_leaves_no_trial_behind(tmp_path: Path) -> None:
+    """And what lies in the current folder is not imported in the place of a library."""
+    (tmp_path / "onnxruntime.py").write_text(f"open({str(tmp_path / 'taken')!r}, 'w')")
+    hang = f"import os, time\nopen({str(tmp_path / 'pids')!r} + str(os.getpid()), 'w')\ntime.sleep(100)"
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "torch.py").write_text(hang)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "later"), *sys.path])}
+    command = [sys.executable, "-P", "-m", "diffloss_export", "doctor"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as process:
+        while not list(tmp_path.glob("pids*")):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (128 + signal.SIGTERM, "diffloss-export: interrupted\n")
+    for path in tmp_path.glob("pids*"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.name.removeprefix("pids")), 0)
+    assert not (tmp_path / "taken").exists()
 
 
 def forget_a_file(folder: Path) -> str:

@@ -184,6 +184,8 @@ def test_what_cannot_be_read_or_written(
     image = save(target[:, :16, :16], tmp_path / "a.png")
     larger = save(target[:, :16, :17], tmp_path / "b.png")
     (tmp_path / "text.png").write_text("no picture")
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
     rest = ["--bundle", exported().bundle.path, "--device", "cpu", "-o"]
     out = tmp_path / "out.png"
     for restored, message in (
@@ -194,7 +196,11 @@ def test_what_cannot_be_read_or_written(
         assert message in refused(capsys, "--restored", restored, "--target", image, *rest, out)
     for path, message in (
         (tmp_path / "out.txt", "does not end like a picture"),
+        (tmp_path / "out.xbm", "out.xbm cannot be written: cannot write mode RGB as XBM; expected a picture in colour"),
+        (tmp_path / "out.bufr", "out.bufr cannot be written: BUFR save handler not installed; expected"),
         (tmp_path / "none" / "out.png", "there is no folder"),
+        (exported().bundle.path / "unet" / "out.png", "it would be in the bundle"),
+        (folder, "folder.png cannot be written: Is a directory"),
     ):
         assert message in refused(capsys, "--restored", image, "--target", image, *rest, path)
     seed = refused(capsys, "--restored", image, "--target", image, *rest, out, "--seed", 2**64)

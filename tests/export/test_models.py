@@ -453,6 +453,13 @@ def test_missing_weights(alone: Path) -> None:
     refused(alone, str(alone), "no weights", WEIGHTS)
 
 
+def test_variants_of_the_weights_are_named(alone: Path, unet: UNet2DModel) -> None:
+    variant = (alone / WEIGHTS).rename(alone / "diffusion_pytorch_model.fp16.safetensors")
+    refused(alone, str(alone), f"only variants of the weights, {variant.name}", f"renamed to {WEIGHTS}")
+    variant.rename(alone / WEIGHTS)
+    assert_same_unet(load_model(str(alone)), unet)
+
+
 def test_pickled_weights_are_read_if_asked_for(tmp_path: Path, unet: UNet2DModel) -> None:
     unet.save_pretrained(tmp_path, safe_serialization=False)
     refused(tmp_path, str(tmp_path), "only pickled weights", "--allow-pickle", WEIGHTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -268,6 +269,22 @@ def test_resolution_is_needed_where_the_unet_has_none() -> None:
     tapped = TappedUNet(make_unet(sample_size=None), make_schedule())
     with pytest.raises(InputError, match=r"no sample_size: a resolution \(--resolution\) must be given"):
         check_resolution(tapped, None)
+
+
+@pytest.mark.parametrize(
+    "sample_size", [[], [16], {}, "x", "16", [16, "a"], 16.0, True, 0, -16, 10**9, [16, 16, 16], [16, 16.0]], ids=str
+)
+def test_sample_sizes_that_are_none(sample_size: object) -> None:
+    tapped = TappedUNet(make_unet(sample_size=sample_size), make_schedule())
+    with pytest.raises(ModelError, match=rf"sample_size {re.escape(repr(sample_size))}; expected one or two integers"):
+        check_resolution(tapped, None)
+    assert check_resolution(tapped, (8, 10)) == (8, 10)
+
+
+def test_a_setting_that_divides_by_zero_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"the UNet divides by zero: .*mid_block_scale_factor"):
+        export_bundle(make_model(mid_block_scale_factor=0), tmp_path / "bundle", batch_size=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_resolution_multiple_is_that_of_the_levels() -> None:

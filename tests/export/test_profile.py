@@ -10,6 +10,7 @@ import matplotlib.image
 import pytest
 import torch
 
+from diffloss_engine.errors import InputError
 from diffloss_engine.trt_profile import Profile
 from diffloss_export.cli import main
 from diffloss_export.profile import draw, to_json
@@ -49,6 +50,25 @@ def test_picture(tmp_path: Path) -> None:
     assert image.std() > 0.05
 
 
+def test_pictures_that_cannot_be_drawn(
+    exported: Callable[..., Exported], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bundle = exported().bundle.path
+    for path, message in (
+        (tmp_path / "profile", "does not end like a picture"),
+        (tmp_path / "profile.txt", "does not end like a picture"),
+        (tmp_path / "none" / "profile.png", "there is no folder"),
+        (bundle / "profile.png", "it would be in the bundle"),
+    ):
+        assert main(["profile", str(bundle), "-o", str(path)]) == 2
+        assert message in capsys.readouterr().err
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"folder\.png cannot be written"):
+        draw(PROFILES, folder)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_json() -> None:
     found = json.loads(json.dumps(to_json(PROFILES)))
     assert found["encoder"] == {
@@ -56,6 +76,15 @@ def test_json() -> None:
         "latency_ms": {"p50": 2.0, "p90": 3.0, "p99": 3.0},
         "layers_ms": {"conv_in": 0.5, "norm": 0.25},
     }
+
+
+def test_table(
+    exported: Callable[..., Exported], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profiles = {"encoder": Profile((2.0,), {"{ForeignNode[a...b]} + [/conv_in]": 0.5})}
+    monkeypatch.setattr("diffloss_export.profile.profile_bundle", lambda *_, **__: profiles)
+    assert main(["profile", str(exported().bundle.path)]) == 0
+    assert "{ForeignNode[a...b]} + [/conv_in]" in capsys.readouterr().out
 
 
 @pytest.mark.gpu

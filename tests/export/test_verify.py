@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from diffloss_engine.bundle import Bundle
+from diffloss_engine.bundle import MANIFEST, Bundle
 from diffloss_engine.errors import BundleError, IntegrityError, ParityError
 from diffloss_export.pipeline import export_bundle
 from diffloss_export.verify import Report, Row, verify_bundle
@@ -123,6 +123,7 @@ def test_schedule_that_disagrees_with_the_graph_fails(copied: Callable[..., Path
 def test_graph_of_another_prediction_type_is_named(copied: Callable[..., Path]) -> None:
     folder = copied("variance", "fp16", "v_prediction")
     edit_json(folder / SCHEDULE, lambda schedule: schedule.update(prediction_type="epsilon"))
+    edit_json(folder / MANIFEST, lambda manifest: manifest["unet"].update(prediction_type="epsilon"))
     rehash(folder)
     with pytest.raises(BundleError, match=r"the noise_head graph takes .*'noisy', 'timesteps'.*UNet and schedule"):
         verify_bundle(Bundle.open(folder))

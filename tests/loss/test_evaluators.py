@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -281,6 +282,40 @@ def test_names_that_were_not_agreed_on(exported: Exported, tmp_path: Path, graph
             DiffLoss.load(folder, backend, "cpu", backward=backward)
     with pytest.raises(BundleError, match=said):
         verify_bundle(Bundle.open(folder))
+
+
+@pytest.mark.parametrize(
+    ("graph", "side", "index", "shape", "expected"),
+    [
+        ("gradient", "inputs", 0, [], "restored of the gradient graph has shape [], but for images [4, 3, 16, 16]"),
+        ("gradient", "inputs", 3, [4, 1], "timesteps of the gradient graph has shape [4, 1], but"),
+        ("gradient", "outputs", 2, [4, 3, 16, 8], "gradient of the gradient graph has shape [4, 3, 16, 8], but"),
+        ("semantic_gradient", "inputs", 2, [4, 1, 16, 16], "noise of the semantic_gradient graph has shape"),
+        ("encoder", "outputs", 0, [], "bottleneck of the encoder graph has shape [], but"),
+        ("noise_head", "outputs", 0, [2, 3, 16, 16], "noise of the noise_head graph has shape [2, 3, 16, 16], but"),
+    ],
+)
+def test_shapes_that_were_not_agreed_on(
+    exported: Exported, tmp_path: Path, graph: str, side: str, index: int, shape: list[int], expected: str
+) -> None:
+    def reshape(manifest: Any) -> None:
+        manifest["graphs"][graph][side][index]["shape"] = shape
+
+    folder = shutil.copytree(exported[0], tmp_path / "bundle")
+    edit_json(folder / "manifest.json", reshape)
+    for backend, backward in (("torch", "fused"), ("onnxruntime", "recompute")):
+        with pytest.raises(BundleError, match=re.escape(expected)):
+            DiffLoss.load(folder, backend, "cpu", backward=backward)
+
+
+@pytest.mark.parametrize(("name", "value"), [("timesteps", 999), ("prediction_type", "epsilon")])
+def test_a_schedule_that_the_manifest_does_not_tell_of(
+    exported: Exported, tmp_path: Path, name: str, value: object
+) -> None:
+    folder = shutil.copytree(exported[0], tmp_path / "bundle")
+    edit_json(folder / "manifest.json", lambda manifest: manifest["unet"].update({name: value}))
+    with pytest.raises(BundleError, match=rf"{name} of schedule.json is .*, and of the manifest {value!r}"):
+        DiffLoss.load(folder, "onnxruntime", "cpu")
 
 
 def test_every_batch_size_from_one_to_nine(exported: Exported, make_batch: Callable[..., Batch]) -> None:

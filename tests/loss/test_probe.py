@@ -149,13 +149,39 @@ def test_a_bundle_without_reference_values_is_loaded(copied: Path) -> None:
         lambda tensors: tensors.pop(f"{GRADIENT}.semantic"),
         lambda tensors: tensors.update(noise=tensors["noise"][:, :, 1:].contiguous()),
         lambda tensors: tensors.update(timesteps=tensors["timesteps"][1:]),
+        lambda tensors: tensors.update({name: tensor[:0] for name, tensor in tensors.items()}),
+        lambda tensors: tensors.update(target=tensors["target"].sum()),
+        lambda tensors: tensors.update(
+            {name: tensor[:, :1].contiguous() for name, tensor in tensors.items() if tensor.ndim == 4}
+        ),
+        lambda tensors: tensors.update(noise=tensors["noise"][:, :1].contiguous()),
+        lambda tensors: tensors.update({f"{GRADIENT}.semantic": tensors[f"{GRADIENT}.semantic"][:, None]}),
+        lambda tensors: tensors["timesteps"].add_(0.5),
+        lambda tensors: tensors["timesteps"].sub_(1),
+        lambda tensors: tensors["timesteps"].fill_(1000),
+        lambda tensors: tensors["timesteps"].fill_(torch.nan),
     ],
-    ids=["no target", "no semantic", "another size", "another count"],
+    ids=[
+        "no target",
+        "no semantic",
+        "another size",
+        "another count",
+        "no images",
+        "no image",
+        "other channels",
+        "one of other channels",
+        "terms of two axes",
+        "between timesteps",
+        "before the first timestep",
+        "beyond the last timestep",
+        "no timestep",
+    ],
 )
 def test_a_file_that_does_not_fit(edit: Callable[[dict[str, Tensor]], object], copied: Path) -> None:
     rewrite(copied, edit)
-    with pytest.raises(BundleError, match="does not hold reference values"):
-        DiffLoss.load(copied, "onnxruntime", "cpu")
+    for backward in ("fused", "recompute"):
+        with pytest.raises(BundleError, match="does not hold reference values"):
+            DiffLoss.load(copied, "onnxruntime", "cpu", backward=backward)
 
 
 def test_a_file_that_is_no_safetensors_file(copied: Path) -> None:
