@@ -68,9 +68,10 @@ class Emitter:
         """Return an initializer with the values of `tensor`; equal small ones are made once."""
         import onnx_ir as ir
 
-        # By bytes: 0.0 == -0.0, and their reciprocals are not equal.
-        content = tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes() if name is None else b""
-        key = (str(tensor.dtype), (tuple(tensor.shape), content) if name is None else name)
+        content: Any = name
+        if name is None:  # by bytes: 0.0 == -0.0, and their reciprocals are not equal
+            content = tuple(tensor.shape), tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes()
+        key = (str(tensor.dtype), content)
         if key not in self._numbers:
             value = self.value(name or f"constant_{len(self._numbers)}", tensor)
             value.const_value = (
