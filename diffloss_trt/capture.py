@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
-from diffloss_engine.errors import ModelError
+from diffloss_engine.errors import ModelError, first_line
 from diffloss_engine.exclusive import exclusive
 from diffloss_engine.fp32_precision import settings_for_export
 from diffloss_trt.difference import RULES, Pair, Tape, aten, group_norm, upsampled_conv2d, whole_factors
@@ -50,8 +50,7 @@ class Captured:
                 exported = torch.export.export(module, tuple(inputs), strict=False)
         # Whatever the module's own code raises, and a dozen classes of the exporter's.
         except Exception as error:
-            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ModelError(f"the {name} graph cannot be traced: {first}") from error
+            raise ModelError(f"the {name} graph cannot be traced: {first_line(error)}") from error
         signature = exported.graph_signature
         lifted = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
         tensors = {**exported.constants, **dict(exported.named_buffers())}

@@ -44,3 +44,8 @@ class BackendUnavailableError(DiffLossError, RuntimeError):
 
 class BackendError(DiffLossError, RuntimeError):
     """A backend that was running failed."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffloss_engine import inductor_cpu
-from diffloss_engine.errors import BackendUnavailableError
+from diffloss_engine.errors import BackendUnavailableError, first_line
 from diffloss_engine.exclusive import exclusive
 from diffloss_engine.fp32_precision import fp32_settings, settings_for_export
 from diffloss_engine.hashed_files import file_sha256
@@ -64,8 +64,7 @@ def compile_program(program: nn.Module, inputs: Sequence[Tensor]) -> bytes:
             return path.read_bytes()
     # Whatever the compiler's passes raise: they have dozens of classes.
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise BackendUnavailableError(f"inductor cannot compile the program here: {first}") from error
+        raise BackendUnavailableError(f"inductor cannot compile the program here: {first_line(error)}") from error
 
 
 def open_compiled(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffloss_engine.bundle import Bundle
-from diffloss_export.model_files import first_line
+from diffloss_engine.errors import first_line
 from diffloss_trt import DiffLoss
 from diffloss_trt.contract import PRECISIONS, read_schedule
 from diffloss_trt.evaluators import EagerEvaluator

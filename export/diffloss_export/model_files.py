@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from diffloss_engine.errors import ModelError
+from diffloss_engine.errors import ModelError, first_line
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WEIGHTS_INDEX = WEIGHTS + ".index.json"
@@ -103,11 +103,6 @@ def to_float32(tensor: Tensor, what: str) -> Tensor:
     if not converted.isfinite().all():
         raise ModelError(f"{what} has NaN or infinite values")
     return converted
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class if it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _named(content: object) -> str:

@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffloss_engine.bundle import MANIFEST
-from diffloss_engine.errors import DiffLossError, InputError, IntegrityError, ModelError
+from diffloss_engine.errors import DiffLossError, InputError, IntegrityError, ModelError, first_line
 from diffloss_export.adm import convert_adm
 from diffloss_export.adm_flags import PAPER_FLAGS, AdmFlags, noise_schedule
 from diffloss_export.model_files import (
     PICKLED_WEIGHTS,
     WEIGHTS,
     WEIGHTS_INDEX,
-    first_line,
     read_json,
     read_pickle,
     read_weights,
