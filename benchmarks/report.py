@@ -14,8 +14,9 @@ import functools
 import json
 import posixpath
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,15 +35,50 @@ README, PAGE = ROOT / "README.md", ROOT / "docs/performance.md"
 IMAGES: Final = "docs/images"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 
-# How the names of files begin and what they hold; of which architecture and type of device there should be one.
+
+@dataclass(frozen=True)
+class Drawing:
+    """The picture of a result: what of it is drawn, and how."""
+
+    drawn: Callable[[Content], Any]
+    draw: Callable[[Any], Figure]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How results of one benchmark are shown.
+
+    holds: What is missing where there is none.
+    lay_out: Takes a result and, if one is drawn, the path of its picture.
+    summarize: The same for README.md, if it is shown there.
+    """
+
+    holds: str
+    lay_out: Callable[..., list[str]]
+    picture: Drawing | None = None
+    summarize: Callable[..., list[str]] | None = None
+
+
+# By how the names of their files begin, in the page's order.
 BENCHMARKS: Final = {
-    "loss-step": "a step of the loss",
-    "hot-spots": "a profile of a step",
-    "plan-traffic": "a plan's traffic",
-    "train-step": "a training step",
-    "scaling": "scaling",
-    "export": "exports and builds",
+    "loss-step": Benchmark(
+        "a step of the loss",
+        sections.loss_step,
+        Drawing(sections.shown_rows, draw_loss_step),
+        functools.partial(sections.loss_step, brief=True),
+    ),
+    "hot-spots": Benchmark("a profile of a step", sections.hot_spots),
+    "plan-traffic": Benchmark("a plan's traffic", sections.plan_traffic),
+    "train-step": Benchmark(
+        "a training step",
+        sections.train_step,
+        Drawing(itemgetter("rows"), draw_train_step),
+        sections.train_step,
+    ),
+    "scaling": Benchmark("scaling", sections.scaling, Drawing(itemgetter("curves"), draw_scaling)),
+    "export": Benchmark("exports and builds", sections.exports, Drawing(itemgetter("exports"), draw_exports)),
 }
+# Of which architecture and type of device there should be a result.
 PLANNED: Final = (
     ("loss-step", "cifar10", "cpu"),
     ("loss-step", "cifar10", "cuda"),
@@ -84,61 +120,36 @@ def load(folder: Path) -> dict[str, Content]:
 
 def make_report(results: dict[str, Content]) -> Report:
     """Lay all results out, for docs/performance.md."""
-    pictures = {stem: _picture(stem, content) for stem, content in results.items()}
     parts: list[str] = []
+    pictures: list[Picture] = []
     for stem, content in results.items():
-        picture = pictures[stem]
-        parts += _laid_out(stem, content, posixpath.relpath(picture.path, "docs") if picture else None)
-    return Report(sections.joined([*parts, _missing(results)]), [picture for picture in pictures.values() if picture])
+        benchmark, drawn = _benchmark(stem), _pictures(stem, content)
+        parts += benchmark.lay_out(content, *(posixpath.relpath(each.path, "docs") for each in drawn))
+        pictures += drawn
+    return Report(sections.joined([*parts, _missing(results)]), pictures)
 
 
 def make_summary(results: dict[str, Content]) -> Report:
     """Lay out what README.md shows of them. Its pictures are those of docs/performance.md."""
-    return Report(sections.joined([*_summarized(results), _missing(results)]), [])
-
-
-def _summarized(results: dict[str, Content]) -> Iterator[str]:
+    parts: list[str] = []
     for stem, content in results.items():
-        picture = _picture(stem, content)
-        path = picture.path if picture else None
-        if stem.startswith("loss-step"):
-            parts = sections.loss_step(content, path, brief=True)
-        elif stem.startswith("train-step"):
-            parts = sections.train_step(content, path)
-        else:
-            continue
-        # A level further down than on a page of their own.
-        yield from (f"#{part}" if part.startswith("#") else part for part in parts)
+        if summarize := _benchmark(stem).summarize:
+            parts += summarize(content, *(each.path for each in _pictures(stem, content)))
+    # A level further down than on a page of their own.
+    parts = [f"#{part}" if part.startswith("#") else part for part in parts]
+    return Report(sections.joined([*parts, _missing(results)]), [])
 
 
-def _picture(stem: str, content: Content) -> Picture | None:
-    drawn: Any
-    draw: Callable[[Any], Figure]
-    if stem.startswith("loss-step"):
-        drawn, draw = sections.shown_rows(content), draw_loss_step
-    elif stem.startswith("train-step"):
-        drawn, draw = content["rows"], draw_train_step
-    elif stem.startswith("scaling"):
-        drawn, draw = content["curves"], draw_scaling
-    elif stem.startswith("export"):
-        drawn, draw = content["exports"], draw_exports
-    else:
-        return None
-    return Picture(f"{IMAGES}/{stem}.png", drawn, functools.partial(draw, drawn))
+def _benchmark(stem: str) -> Benchmark:
+    return next(benchmark for name, benchmark in BENCHMARKS.items() if stem.startswith(name))
 
 
-def _laid_out(stem: str, content: Content, picture: str | None) -> list[str]:
-    if stem.startswith("loss-step"):
-        return sections.loss_step(content, picture)
-    if stem.startswith("hot-spots"):
-        return sections.hot_spots(content)
-    if stem.startswith("plan-traffic"):
-        return sections.plan_traffic(content)
-    if stem.startswith("train-step"):
-        return sections.train_step(content, picture)
-    if stem.startswith("scaling"):
-        return sections.scaling(content, picture)
-    return sections.exports(content, picture)
+def _pictures(stem: str, content: Content) -> list[Picture]:
+    """Return the picture of a result, if one is drawn of its benchmark's."""
+    if not (picture := _benchmark(stem).picture):
+        return []
+    drawn = picture.drawn(content)
+    return [Picture(f"{IMAGES}/{stem}.png", drawn, functools.partial(picture.draw, drawn))]
 
 
 def _missing(results: dict[str, Content]) -> str:
@@ -154,7 +165,7 @@ def _missing(results: dict[str, Content]) -> str:
     for benchmark, name, device_type in PLANNED:
         if not is_there(benchmark, name, device_type):
             of = "" if name is None else f" of {sections.title(name)}"
-            missing.append(f"{BENCHMARKS[benchmark]}{of} on a {'GPU' if device_type == 'cuda' else 'CPU'}")
+            missing.append(f"{BENCHMARKS[benchmark].holds}{of} on a {'GPU' if device_type == 'cuda' else 'CPU'}")
     return f"Not measured: {'; '.join(missing)}." if missing else "Nothing that was planned is left to be measured."
 
 
