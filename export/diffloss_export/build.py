@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,16 +80,22 @@ def compile_bundle(
     Raises BackendUnavailableError if the bundle has none or they cannot be compiled here; InputError if the cache
     cannot be used, or a program not be kept in it.
     """
+    names = compiled_graphs(bundle)
     cache, evaluator = cache or PlanCache(), FusedEvaluator(bundle, "inductor", device)
-    names = [name for name in (GRADIENT, SEMANTIC_GRADIENT) if name in bundle.graphs]
-    if not names:
-        raise BackendUnavailableError(f"{bundle.path} has no gradient graph, and inductor compiles these alone")
 
     def build(name: str) -> BuiltPlan:
         on_stage(f"compiling the {name} graph")
         return _timed(name, cache, *evaluator.package(name))
 
     return [build(name) for name in names]
+
+
+def compiled_graphs(bundle: Bundle) -> Sequence[str]:
+    """Return the names of the graphs that inductor compiles. Raises BackendUnavailableError if there are none."""
+    names = [name for name in (GRADIENT, SEMANTIC_GRADIENT) if name in bundle.graphs]
+    if not names:
+        raise BackendUnavailableError(f"{bundle.path} has no gradient graph, and inductor compiles these alone")
+    return names
 
 
 def _timed(name: str, cache: PlanCache, key: Key, make: Callable[[], Plan]) -> BuiltPlan:
