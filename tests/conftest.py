@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -72,13 +75,30 @@ def flavour(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def builtin_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the built-in prior's bundle of batch 4, exported as a user would, once for all processes of a run."""
-    from diffloss_export.cli import main
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """(name, make) -> what `make` returns of a new folder; it is called once for all processes of a run."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if _PROCESSES > 1 else base
 
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if _PROCESSES > 1 else folder) / "builtin"
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            assert main(["onnx", "builtin", "-o", str(folder), "--batch-size", "4"]) == 0
-    return folder
+    def once(name: str, make: Callable[[Path], Any]) -> Any:
+        folder, kept = shared / name, shared / f"{name}.pickle"
+        with FileLock(shared / f"{name}.lock"):
+            if not kept.exists():
+                folder.mkdir()
+                kept.write_bytes(pickle.dumps(make(folder)))
+        return pickle.loads(kept.read_bytes())
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def builtin_bundle(once: Callable[..., Path]) -> Path:
+    """Return the built-in prior's bundle of batch 4, exported as a user would."""
+
+    def make(folder: Path) -> Path:
+        from diffloss_export.cli import main
+
+        assert main(["onnx", "builtin", "-o", str(folder / "bundle"), "--batch-size", "4"]) == 0
+        return folder / "bundle"
+
+    return once("builtin", make)

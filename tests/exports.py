@@ -6,16 +6,20 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import onnx
 import torch
 
 from diffloss_engine.bundle import MANIFEST, Bundle, file_sha256
 from diffloss_export.models import LoadedModel
+from diffloss_export.pipeline import export_bundle
 from diffloss_export.verify import Report
 from diffloss_trt.schedule import NoiseSchedule
 from unets import make_unet
+
+# The fixture of that name.
+Once = Callable[[str, Callable[[Path], Any]], Any]
 
 
 def make_schedule(prediction_type: str = "epsilon") -> NoiseSchedule:
@@ -36,6 +40,33 @@ class Exported:
     bundle: Bundle
     report: Report
     stages: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        once: Once,
+        kind: str = "one_level",
+        precision: str = "fp32",
+        prediction_type: str = "epsilon",
+        resolution: tuple[int, int] | None = None,
+    ) -> Self:
+        """Return the bundle of batch 2 of a small model, exported once for all tests; `once` is the fixture."""
+
+        def make(folder: Path) -> Exported:
+            stages: list[str] = []
+            bundle, report = export_bundle(
+                make_model(kind, prediction_type),
+                folder / "bundle",
+                resolution=resolution,
+                batch_size=2,
+                precision=precision,
+                on_stage=stages.append,
+            )
+            return cls(bundle, report, tuple(stages))
+
+        size = "x".join(map(str, resolution or ()))
+        found: Self = once(f"exported-{kind}-{precision}-{prediction_type}-{size}", make)
+        return found
 
 
 def rehash(folder: Path) -> None:

@@ -13,34 +13,14 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from diffloss_engine.bundle import Bundle
-from diffloss_export.pipeline import export_bundle
-from exports import Exported, make_model
+from exports import Exported, Once
 from unets import make_unet
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+def exported(once: Once) -> Callable[..., Exported]:
     """(kind="one_level", precision="fp32", prediction_type="epsilon", resolution=None) -> Exported, batch size 2."""
-
-    @functools.cache
-    def exported(
-        kind: str = "one_level",
-        precision: str = "fp32",
-        prediction_type: str = "epsilon",
-        resolution: tuple[int, int] | None = None,
-    ) -> Exported:
-        stages: list[str] = []
-        bundle, report = export_bundle(
-            make_model(kind, prediction_type),
-            tmp_path_factory.mktemp("exported") / "bundle",
-            resolution=resolution,
-            batch_size=2,
-            precision=precision,
-            on_stage=stages.append,
-        )
-        return Exported(bundle, report, tuple(stages))
-
-    return exported
+    return functools.cache(functools.partial(Exported.of, once))
 
 
 @pytest.fixture

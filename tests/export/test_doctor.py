@@ -174,6 +174,7 @@ def test_trial_of_a_bundle_that_cannot_be_loaded(
     assert said in done.stderr
 
 
+@pytest.mark.slow
 def test_a_bundle_that_is_none_is_wrong_input(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "diffloss_export", "doctor", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)

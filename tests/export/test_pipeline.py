@@ -156,7 +156,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow  # in fp32 the tests of the command line do so, in two processes
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_equal_inputs_give_equal_bytes(exported: Callable[..., Exported], tmp_path: Path, precision: str) -> None:
     elsewhere = tmp_path / "a folder of another name"
     export_bundle(make_model(), elsewhere, batch_size=2, precision=precision)
@@ -174,7 +175,7 @@ def test_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     impossible = tolerances.Tolerance(term=1e-30, gradient=1e-30, cosine=0.9)
     monkeypatch.setitem(tolerances.PLAIN, "fp32", impossible)
     with pytest.raises(ParityError, match=r"the error against float64 is .*, allowed 1e-30"):
-        export_bundle(make_model(), tmp_path / "bundle", batch_size=1)
+        export_bundle(make_model(), tmp_path / "bundle", batch_size=1, gradient=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -186,7 +187,7 @@ def test_failed_check_leaves_the_bundle_that_was_to_be_replaced(
     impossible = tolerances.Tolerance(term=1e-30, gradient=1e-30, cosine=0.9)
     monkeypatch.setitem(tolerances.PLAIN, "fp32", impossible)
     with pytest.raises(ParityError):
-        export_bundle(make_model(), folder, batch_size=1, overwrite=True)
+        export_bundle(make_model(), folder, batch_size=1, gradient=False, overwrite=True)
     assert contents(folder) == before
     assert list(folder.parent.iterdir()) == [folder]
 
@@ -196,7 +197,7 @@ def test_activations_beyond_half_precision_are_a_failed_check(tmp_path: Path) ->
     # Every weight is a good fp16 number; what comes out of the first convolution is not.
     model.unet.conv_in.weight *= 6e4 / model.unet.conv_in.weight.abs().max()
     with pytest.raises(ParityError, match=r"error against float64 is inf"):
-        export_bundle(model, tmp_path / "bundle", batch_size=1, precision="fp16")
+        export_bundle(model, tmp_path / "bundle", batch_size=1, precision="fp16", gradient=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -253,7 +254,7 @@ def test_destination_is_looked_at_before_any_work(copied: Callable[..., Path]) -
 
 def test_a_bundle_is_replaced_when_asked(copied: Callable[..., Path]) -> None:
     folder = copied()
-    export_bundle(make_model(), folder, batch_size=1, overwrite=True)
+    export_bundle(make_model(), folder, batch_size=1, gradient=False, overwrite=True)
     assert Bundle.open(folder).batch_size == 1
     assert list(folder.parent.iterdir()) == [folder]
 

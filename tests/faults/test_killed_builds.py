@@ -19,7 +19,6 @@ from exports import make_model
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 GRAPHS = ("encoder", "noise_head")
-KILLS = [pytest.param(1), pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,9 @@ def refuse() -> bytes:
     raise AssertionError("it is not whole")
 
 
-@pytest.mark.parametrize("kills", KILLS)
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kills", [1, 100])
 def test_killed_builds_leave_whole_plans_or_none(bundle: Path, tmp_path: Path, kills: int, seed: int) -> None:
     folder, rng, left = tmp_path / "plans", random.Random(seed), []
     for _ in range(kills):

@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc, as Linux has it")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc, as Linux has it"),
+    pytest.mark.slow,
+]
 
 COUNTED = ("threads", "files", "temporary", "sessions")
 
@@ -49,7 +52,7 @@ def growth(measured: list[dict[str, int]]) -> float:
 ALLOWED = 2**20
 
 
-@pytest.mark.parametrize("steps", [200, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("steps", [200, pytest.param(10_000, marks=pytest.mark.timeout(3600))])
 def test_nothing_is_left_behind(bundle: str, tmp_path: Path, steps: int) -> None:
     found = soak(bundle, tmp_path, steps)
     measured = found["measured"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from diffloss_export.models import LoadedModel
 from diffloss_export.pipeline import export_bundle
 from diffloss_trt import NoiseSchedule
+from exports import Once
 from unets import make_unet
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -59,11 +60,14 @@ def batch(make_batch: Callable[..., Batch]) -> Batch:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, NoiseSchedule]:
+def exported(once: Once) -> tuple[Path, Any, NoiseSchedule]:
     """A bundle of batch 4 of a UNet that predicts v, the UNet in float64, and the schedule."""
     unet = make_unet("one_level", dtype=torch.float32)
     reference = copy.deepcopy(unet).double()
     schedule = NoiseSchedule.from_scheduler(DDPMScheduler(1000, prediction_type="v_prediction"))
-    folder = tmp_path_factory.mktemp("loss") / "bundle"
-    export_bundle(LoadedModel(unet, schedule, "test", ()), folder, batch_size=4)
-    return folder, reference, schedule
+
+    def make(folder: Path) -> Path:
+        export_bundle(LoadedModel(unet, schedule, "test", ()), folder / "bundle", batch_size=4)
+        return folder / "bundle"
+
+    return once("loss", make), reference, schedule

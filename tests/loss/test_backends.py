@@ -13,14 +13,12 @@ from torch import Tensor
 
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BackendUnavailableError, InputError
-from diffloss_export.models import LoadedModel
-from diffloss_export.pipeline import export_bundle
 from diffloss_trt import DiffLoss, NoiseSchedule
 from diffloss_trt.contract import SCHEDULE
 from diffloss_trt.probe import Probe, held_to
 from diffloss_trt.tolerances import DIFFERENCE
 from diffloss_trt.unet import reload_unet
-from unets import make_unet
+from exports import Exported, Once
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BACKENDS = ("onnxruntime", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx", "inductor", "torch")
@@ -48,17 +46,9 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+def bundle_of(once: Once) -> Callable[[str], Bundle]:
     """(precision) -> a bundle of batch 2."""
-
-    @functools.cache
-    def bundle_of(precision: str) -> Bundle:
-        schedule = NoiseSchedule(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0), "epsilon")
-        model = LoadedModel(make_unet(dtype=torch.float32), schedule, "test", ())
-        folder = tmp_path_factory.mktemp("backends") / "bundle"
-        return export_bundle(model, folder, batch_size=2, precision=precision)[0]
-
-    return bundle_of
+    return functools.cache(lambda precision: Exported.of(once, "two_levels", precision).bundle)
 
 
 @pytest.fixture(scope="module")

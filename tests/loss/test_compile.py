@@ -75,7 +75,12 @@ def same(found: list[Tensor], expected: list[Tensor], tolerance: float = 0.0) ->
 
 
 @pytest.mark.parametrize(
-    ("compiler", "seed", "tolerance"), [("aot_eager", None, 0.0), ("aot_eager", 7, 0.0), ("inductor", None, 1e-5)]
+    ("compiler", "seed", "tolerance"),
+    [
+        ("aot_eager", None, 0.0),
+        ("aot_eager", 7, 0.0),
+        pytest.param("inductor", None, 1e-5, marks=pytest.mark.slow),
+    ],
 )
 def test_whole_step_is_one_graph_and_what_eager_computes(
     compiler: str, seed: int | None, tolerance: float, exported: Exported, network: nn.Module

@@ -104,28 +104,19 @@ class Miscompiled(nn.Module):
         return tuple(results)
 
 
-@pytest.mark.parametrize(
-    ("weights", "quantity"),
-    [
-        (BOTH, "naturalness"),
-        (BOTH, "semantic"),
-        (BOTH, "gradient"),
-        (SEMANTIC_ALONE, "semantic"),
-        (SEMANTIC_ALONE, "gradient"),
-    ],
-)
-def test_one_percent_of_each_quantity_is_found(weights: tuple[float, float], quantity: str, exported: Exported) -> None:
+@pytest.mark.parametrize("weights", [BOTH, SEMANTIC_ALONE])
+def test_one_percent_of_each_quantity_is_found(weights: tuple[float, float], exported: Exported) -> None:
     loss = load(exported[0], "torch", weights, check_every=1)
     evaluator, graph = loss.evaluator, GRAPHS[weights]
     session: Any = evaluator.session(graph)  # type: ignore[union-attr]
-    names = [spec.name for spec in session.outputs]
-    for factor in (1.0, 1.01):
-        program = Miscompiled(session._program, names.index(quantity), factor)
-        evaluator.sessions[graph] = TorchSession(program, session.inputs, session.outputs, session.device)  # type: ignore[union-attr]
-        if factor == 1.0:
-            loss(*images(0))
-    with pytest.raises(ParityError, match=said(2, "torch", graph, quantity)):
-        loss(*images(1))
+    for place, spec in enumerate(session.outputs):
+        for factor in (1.0, 1.01):
+            program = Miscompiled(session._program, place, factor)
+            evaluator.sessions[graph] = TorchSession(program, session.inputs, session.outputs, session.device)  # type: ignore[union-attr]
+            if factor == 1.0:
+                loss(*images(0))
+        with pytest.raises(ParityError, match=said(2 * place + 2, "torch", graph, spec.name)):
+            loss(*images(1))
 
 
 def results() -> dict[str, Tensor]:
@@ -206,7 +197,7 @@ def state():
 def train(trainer):
     exec(trainer)
     before = state()
-    loss = DiffLoss.load(bundle, backend, "cpu", check_every=1)
+    loss = DiffLoss.load(bundle, backend, "cpu", 0.0, 1.0, check_every=1)
     for _ in range(2):
         loss(*torch.rand(2, 1, 3, 16, 16))
         assert state() == before
