@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import pickle
-import subprocess
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,8 +117,13 @@ def golden_flags() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def golden_bundle(golden_flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    model = load_model(str(GOLDEN), adm_flags=golden_flags)
-    return export_bundle(model, tmp_path_factory.mktemp("golden") / "bundle", batch_size=2)[0]
+    """Return the bundle of the original's checkpoint, made by the command."""
+    folder = tmp_path_factory.mktemp("golden")
+    (folder / "flags.json").write_text(json.dumps(golden_flags))
+    digest = hashlib.sha256(GOLDEN.read_bytes()).hexdigest()
+    options = ["--adm-flags", str(folder / "flags.json"), "--sha256", digest, "--batch-size", "2"]
+    assert main(["onnx", str(GOLDEN), "-o", str(folder / "bundle"), *options]) == 0
+    return Bundle.open(folder / "bundle")
 
 
 def test_the_formulas_are_the_originals(golden: Mapping[str, Tensor], golden_flags: dict[str, Any]) -> None:
@@ -139,6 +143,10 @@ def test_golden_features_and_schedule(golden: Mapping[str, Tensor], golden_flags
     assert features.noise is not None
     assert worst(features.noise, golden["eps_restored"][:, :3]) < 1e-12
     assert worst(features.bottleneck, golden["h_restored"]) < 1e-12
+
+
+def test_size_is_that_of_the_flags(golden_bundle: Bundle) -> None:
+    assert golden_bundle.resolution == (32, 32)
 
 
 @pytest.mark.parametrize("branch", ["restored", "target"])
@@ -601,17 +609,6 @@ def test_revision_of_a_checkpoint() -> None:
 
 
 # The command
-
-
-def test_command(command: list[str], golden_flags: dict[str, Any], tmp_path: Path) -> None:
-    flags = tmp_path / "flags.json"
-    flags.write_text(json.dumps(golden_flags))
-    digest = hashlib.sha256(GOLDEN.read_bytes()).hexdigest()
-    arguments = ["--adm-flags", str(flags), "--sha256", digest, "--batch-size", "1", "--no-gradient"]
-    command = [*command, "onnx", str(GOLDEN), "-o", str(tmp_path / "bundle"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert Bundle.open(tmp_path / "bundle").resolution == (32, 32)
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,12 @@ from diffloss_engine.plan_cache import PlanCache
 from diffloss_export.models import LoadedModel
 from diffloss_export.pipeline import export_bundle
 from diffloss_trt import NoiseSchedule
+from exports import make_model
 from unets import make_unet
 
 SCHEDULE = NoiseSchedule.from_scheduler(DDPMScheduler())
 Popen = Callable[..., "subprocess.Popen[str]"]
 
-KILLS = [pytest.param(1), pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 # Writes plans, each of 1 MiB of one byte, until it is killed.
 WRITER = """
 import sys
@@ -90,7 +90,9 @@ def content(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("kills", KILLS)
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kills", [1, 100])
 def test_killed_exports_leave_a_whole_bundle_or_none(
     export: Popen, undisturbed: tuple[Path, float], tmp_path: Path, kills: int, seed: int
 ) -> None:
@@ -114,7 +116,7 @@ def test_killed_exports_leave_a_whole_bundle_or_none(
     assert kills < 100 or found == {True, False}
 
 
-@pytest.mark.parametrize("kills", KILLS)
+@pytest.mark.parametrize("kills", [1, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_killed_writers_leave_whole_plans_or_none(tmp_path: Path, kills: int, seed: int) -> None:
     rng, folder = random.Random(seed), tmp_path / "plans"
     for _ in range(kills):
@@ -142,8 +144,9 @@ def test_full_disk_during_an_export(export: Popen, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk_while_a_bundle_is_replaced(export: Popen, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
-    destination = Path(shutil.copytree(undisturbed[0], tmp_path / "bundle"))
+def test_full_disk_while_a_bundle_is_replaced(export: Popen, tmp_path: Path) -> None:
+    destination = tmp_path / "bundle"
+    export_bundle(make_model(), destination, batch_size=2, gradient=False)
     before = content(destination)
     process = export(destination, "--overwrite", file_size=50_000)
     process.communicate()

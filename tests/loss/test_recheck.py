@@ -218,7 +218,7 @@ TRAINERS = [
 ]
 
 
-@pytest.mark.parametrize("trainers", [TRAINERS[1:3], pytest.param(TRAINERS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trainers", [TRAINERS[2:3], pytest.param(TRAINERS, marks=pytest.mark.slow)])
 def test_beside_what_trainers_set(trainers: list[str], exported: Exported) -> None:
     """Both engine and reference are traced in PyTorch, and neither minds the settings, nor leaves others."""
     command = [sys.executable, "-c", TRAINER, str(exported[0]), "torch", *trainers]
