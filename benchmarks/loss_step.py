@@ -15,6 +15,7 @@ import gc
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +29,7 @@ from timing import interleaved
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from ways import PRODUCTS, TERMS, Images, Setting, Step, Way, make_images, of_loss, ways
+from ways import PRODUCTS, TERMS, Images, Setting, Step, Way, is_aimed_at, make_images, of_loss, ways
 
 from diffloss_trt import DiffLoss
 from diffloss_trt.opening import choose_device
@@ -39,6 +40,8 @@ TIMED_AT: Final = 30
 _PLACES: Final = 4  # timesteps at which errors are taken
 PRECISIONS: Final = {"cpu": ("fp32", "bf16"), "cuda": ("fp16", "bf16", "fp32")}
 ROUNDS: Final = {"cpu": 9, "cuda": 10}
+# How often a way is begun that ends the process.
+_ATTEMPTS: Final = 2
 
 
 def _part(images: Images, rows: Sequence[int]) -> Images:
@@ -111,33 +114,91 @@ def describe_work(setting: Setting) -> dict[str, Any]:
     return {"parameters": parameters, "flops_an_image": counted}
 
 
-def measure(setting: Setting, precisions: Sequence[str], rounds: int) -> list[Row]:
-    """Return a row for each way: what it takes and how wrong it is, or why it was not run."""
+def measure(setting: Setting, precisions: Sequence[str], rounds: int, only: Sequence[str]) -> list[Row]:
+    """Return a row for each way: what it takes and how wrong it is, or why it was not run.
+
+    only: parts of the names of the ways that are to be run; all if there are none.
+    """
     expected = {terms: expected_gradients(setting, terms) for terms in TERMS}
-    every = ways(setting, precisions)
+    every = [way for way in ways(setting, precisions) if not only or any(part in way.name for part in only)]
     if setting.device.type != "cuda":
         rows = _measure_in_turn(setting, every, expected, rounds)
     else:
         # One GPU does not hold them all. Each takes turns with the matrix product alone, which shows a slower minute.
-        rows = []
-        for way in every:
-            file = setting.folder / "rows" / f"{setting.configuration}, {setting.batch_size}, {way.name}.json"
-            if file.exists():
-                rows.append(json.loads(file.read_text()))
-                continue
-            # What is cut off, by a limit on the command's time for one, is not to stand in the way of the others again.
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(json.dumps(_blank(setting, way) | {"not_run": "The command ended while it was measured."}))
-            (row,) = _measure_in_turn(setting, [way], expected, rounds)
-            rows.append(row)
-            if "not_run" in row:
-                file.unlink()
-            else:
-                file.write_text(json.dumps(row))
-            gc.collect()
-            torch.compiler.reset()
+        # What the aims are about comes first: the time may not be enough for all.
+        measured = {
+            way.name: _measure_alone(setting, way, expected, rounds)
+            for way in sorted(every, key=lambda way: not is_aimed_at(way, precisions))
+        }
+        rows = [measured[way.name] for way in every]
     _add_ratios(rows)
     return rows
+
+
+def _row_file(setting: Setting, name: str) -> Path:
+    return setting.folder / "rows" / f"{setting.configuration}, {setting.batch_size}, {name}.json"
+
+
+def _measure_alone(
+    setting: Setting, way: Way, expected: Mapping[str, Mapping[int, Tensor]], rounds: int
+) -> dict[str, Any]:
+    """Return the row of a way on a GPU: the one that is kept, or one that is measured now.
+
+    Ends the process if that leaves the GPU of no use to it, with the row kept.
+    """
+    file, attempts = _row_file(setting, way.name), 0
+    if file.exists():
+        row: Row = json.loads(file.read_text())
+        attempts = row.pop("attempts", _ATTEMPTS)
+        if attempts >= _ATTEMPTS:
+            return row
+    # What is cut off, by a limit on the command's time for one, or ends the process, is not to stand in the way of the
+    # others for ever.
+    file.parent.mkdir(exist_ok=True)
+    row = _blank(setting, way) | {"not_run": "The command ended while it was measured."}
+    file.write_text(json.dumps(row | {"attempts": attempts + 1}))
+    try:
+        (row,) = _measure_in_turn(setting, [way], expected, rounds)
+    except Exception as error:
+        row["not_run"] = reason(error, setting.folder)
+    if "not_run" not in row:
+        file.write_text(json.dumps(row))
+    elif _is_usable(setting.device):
+        file.unlink()
+    else:
+        file.write_text(json.dumps(row))
+        os._exit(1)
+    gc.collect()
+    torch.compiler.reset()
+    return row
+
+
+def _is_usable(device: torch.device) -> bool:
+    """Whether PyTorch can still draw on a GPU: after some errors, and captures that failed, it cannot."""
+    try:
+        torch.randn(1, device=device)
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def measure_in_processes(setting: Setting, *arguments: Any) -> list[Row]:
+    """Return what `measure` does, in a process of its own, and in another one from where that has ended."""
+    kept = -1
+    while True:
+        try:
+            rows: list[Row] = alone(measure, setting, *arguments)
+        except BrokenProcessPool:
+            tried = [
+                json.loads(file.read_text()).get("attempts", _ATTEMPTS)
+                for file in _row_file(setting, "").parent.glob("*")
+            ]
+            if sum(tried) <= kept:
+                raise
+            kept = sum(tried)
+        else:
+            return rows
 
 
 def _measure_in_turn(
@@ -152,12 +213,12 @@ def _measure_in_turn(
         try:
             step, row["peak_memory_bytes"] = build(functools.partial(_make, setting, way), setting.device)
             row["gradient_error"] = _errors(setting, step, expected[way.terms])
+            steps[way.product], products[way.product] = large_product(PRODUCTS[way.precision], setting.device)
         # Whatever it is, it must not lose the other rows.
         except Exception as error:
             row["not_run"] = reason(error, setting.folder)
             continue
         steps[way.name] = step
-        steps[way.product], products[way.product] = large_product(PRODUCTS[way.precision], setting.device)
     timings = interleaved(steps, rounds, setting.device)
     for way in every:
         row = rows[way.name]
@@ -188,6 +249,7 @@ def main() -> None:
     parser.add_argument("configuration", choices=CONFIGURATIONS)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4])
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "fp16", "bf16"), default=PRECISIONS[device.type])
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="ways with one of these in their names")
     parser.add_argument("--rounds", type=int, default=ROUNDS[device.type])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
@@ -201,7 +263,7 @@ def main() -> None:
         rows: list[Row] = []
         for batch_size in args.batch_sizes:
             setting = Setting(folder, args.configuration, batch_size, device)
-            rows += alone(measure, setting, args.precisions, args.rounds)
+            rows += measure_in_processes(setting, args.precisions, args.rounds, args.only)
     for row in rows:
         if "not_run" not in row:
             achieved = work["flops_an_image"][row["terms"]] * row["images_per_s"]

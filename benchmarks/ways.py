@@ -145,6 +145,12 @@ def ways(setting: Setting, precisions: Sequence[str]) -> list[Way]:
     return sorted(found, key=lambda way: way.terms)
 
 
+def is_aimed_at(way: Way, precisions: Sequence[str]) -> bool:
+    """Whether a way is one of those that the aims compare, in the first of `precisions` or in fp32."""
+    baseline = way.way in (EAGER, AS_AUTHORS, COMPILE)
+    return way.precision in (precisions[0], "fp32") and (baseline or way.way in {OURS + name for name in _BACKENDS})
+
+
 # PyTorch
 
 

@@ -336,7 +336,7 @@ class DiffLoss(nn.Module):
         with _counting:
             self.calls += 1
             number = self.calls
-        values = self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+        values = not _is_capturing(self.device)
         diverged, narrow = check_images(
             restored,
             target,
@@ -444,6 +444,13 @@ class DiffLoss(nn.Module):
             f"backend={self.evaluator.backend}, backward={self.evaluator.backward}, device={self.device}, "
             f"reduction={self.reduction}, value_range={self.value_range}{seeded}"
         )
+
+
+def _is_capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # each has a current stream of its own
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _is_transformed(image: Any) -> bool:

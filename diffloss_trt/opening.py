@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import BackendError, BackendUnavailableError, InputError, ParityError
+from diffloss_engine.errors import BackendError, BackendUnavailableError, CaptureError, InputError, ParityError
 from diffloss_engine.inductor import has_bfloat16
 from diffloss_engine.tensors import concrete_device
 from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
@@ -113,6 +113,8 @@ def _open_fastest(bundle: Bundle, device: torch.device, wanted: _Wanted) -> Eval
     for backend in candidates:
         try:
             evaluator = _open(bundle, backend, device, wanted)
+        except CaptureError:
+            raise  # nothing could be relied on that is tried next
         except (BackendUnavailableError, BackendError, ParityError) as error:
             reasons += f"; not {backend}, because: {error}"
             if not isinstance(error, BackendUnavailableError):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from diffloss_engine.errors import BackendError
+from diffloss_engine.errors import BackendError, CaptureError
 from diffloss_engine.session import Session
 from diffloss_engine.tensors import check_tensors
 
@@ -18,7 +18,7 @@ class GraphedSession:
 
     It takes the place of thousands of launches by the CPU, at the price of memory that is its own and of a copy of
     inputs and outputs. Calls from several streams run one after the other. In a call that is itself being captured the
-    other session runs. Raises BackendError if the other session cannot be captured. Closing it closes the other one.
+    other session runs. Raises CaptureError if the other session cannot be captured. Closing it closes the other one.
     """
 
     def __init__(self, session: Session) -> None:
@@ -36,7 +36,9 @@ class GraphedSession:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                session(self._given)  # what is done but once must not be recorded
+                # What is done but once must not be recorded. ONNX Runtime's second run still allocates memory.
+                for _ in range(3):
+                    session(self._given)
             graph = torch.cuda.CUDAGraph()
             try:
                 # Other threads may go on using the GPU meanwhile. After a capture that fails PyTorch leaves its stream
@@ -47,7 +49,10 @@ class GraphedSession:
                 ):
                     self._made = session(self._given)
             except RuntimeError as error:
-                raise BackendError(f"{self.backend} cannot be recorded as a CUDA graph: {error}") from error
+                raise CaptureError(
+                    f"{self.backend} cannot be recorded as a CUDA graph: {error}; begin anew, in another process, "
+                    "without cuda_graph=True: in this one PyTorch may go on believing that it records"
+                ) from error
             self._graph: torch.cuda.CUDAGraph | None = graph
             self._done = torch.cuda.Event()
             self._done.record()

@@ -46,6 +46,10 @@ class BackendError(DiffLossError, RuntimeError):
     """A backend that was running failed."""
 
 
+class CaptureError(BackendError):
+    """The recording of a CUDA graph failed, after which PyTorch may be of no use in this process any more."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its class if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

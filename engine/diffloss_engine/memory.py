@@ -1,4 +1,4 @@
-"""What to do when an engine on the CPU runs out of memory, for which its library has no error of its own."""
+"""What to do when an engine runs out of memory, for which its library has no error of its own."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from diffloss_engine.tensors import TensorSpec
 
-_SIGNS = ("allocate memory", "out of memory", "bad_alloc")
+_SIGNS = ("allocate memory", "out of memory", "outofmemory", "bad_alloc")
 
 
-def memory_advice(error: Exception, inputs: Sequence[TensorSpec]) -> str:
+def memory_advice(error: Exception | str, inputs: Sequence[TensorSpec]) -> str:
     """Return more words for an engine's error, if it is that memory ran out. Of `inputs` the first has the batch."""
     if not any(sign in str(error).lower() for sign in _SIGNS):
         return ""

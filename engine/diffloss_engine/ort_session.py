@@ -78,7 +78,8 @@ class OrtSession:
         session = _create(runtime, graph_file, self._providers(provider, provider_options or {}), threads)
         if provider not in session.get_providers():
             raise BackendUnavailableError(
-                f"ONNX Runtime opened {graph_file} with {session.get_providers()}, without the {provider} asked for"
+                f"ONNX Runtime opened {graph_file} with {session.get_providers()}, without the {provider} asked for; "
+                "on a GPU it needs a PyTorch that was built for the same first number of CUDA (docs/gpu.md)"
             )
         _compare(graph_file, "inputs", session.get_inputs(), self.inputs)
         _compare(graph_file, "outputs", session.get_outputs(), self.outputs)

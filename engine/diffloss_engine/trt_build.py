@@ -165,6 +165,17 @@ def build_plan(
     return plan
 
 
+def build_addition(trt: ModuleType) -> memoryview:
+    """Build a plan that adds a number to itself: the least there is to try a GPU with."""
+    logger = recording_logger(trt)
+    builder = _working(trt, trt.Builder(logger), logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    number = network.add_input("number", trt.DataType.FLOAT, (1,))
+    network.mark_output(network.add_elementwise(number, number, trt.ElementWiseOperation.SUM).get_output(0))
+    plan = builder.build_serialized_network(network, builder.create_builder_config())
+    return memoryview(_made(plan, logger, "build a plan of one addition"))
+
+
 def _set_timings(flavour: str, config: Any, logger: Any, file: Path) -> Any:
     if flavour == "tensorrt-rtx":
         raise BackendUnavailableError("tensorrt-rtx times no kernels when it builds; a timing cache is not taken")

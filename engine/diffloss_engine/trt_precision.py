@@ -69,7 +69,9 @@ def check_engine(information: str, precision: str, batch: int) -> int:
         if kinds & _CONVOLUTIONS:
             exempt = any(math.prod(_shape(tensor)[1:2]) <= IMAGE_CHANNELS for tensor in inputs)
         elif kinds & _PRODUCTS:
-            exempt = all(math.prod(_shape(tensor)[:-1]) <= batch for tensor in outputs)
+            # Of single vectors, however a kernel lays them out.
+            shapes = [_shape(tensor) for tensor in outputs]
+            exempt = all(math.prod(shape) <= batch * max(shape, default=1) for shape in shapes)
         else:
             continue
         # A kernel's scalar factors have a precision of their own.

@@ -16,6 +16,7 @@ from torch import Tensor
 from diffloss_engine import trt_build
 from diffloss_engine.errors import BackendError, BackendUnavailableError
 from diffloss_engine.hashed_files import file_sha256
+from diffloss_engine.memory import memory_advice
 from diffloss_engine.plan_cache import Key, Plan, PlanCache, gpu_identity
 from diffloss_engine.progress import long_wait
 from diffloss_engine.tensors import TensorSpec, addressable, check_tensors, concrete_device
@@ -76,13 +77,18 @@ class TrtSession:
             self._runtime = make_runtime(trt, self._logger)
             engine = self._runtime.deserialize_cuda_engine(plan)
             if engine is None:
-                raise RefusedPlanError(f"{flavour} {trt.__version__} refuses the plan: {self._logger.take()}")
+                reason = self._logger.take()
+                if advice := memory_advice(reason, self.inputs):  # with a plan built anew there would be no more of it
+                    raise BackendError(f"{flavour} could not load the plan: {reason}{advice}")
+                raise RefusedPlanError(f"{flavour} {trt.__version__} refuses the plan: {reason}")
             _compare(trt, engine, self.inputs, self.outputs)
             inspector = engine.create_engine_inspector()
             context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             if inspector is None or context is None:
+                reason = self._logger.take()
                 raise BackendError(
-                    f"{flavour} could not make an inspector or an execution context: {self._logger.take()}"
+                    f"{flavour} could not make an inspector or an execution context: {reason}"
+                    f"{memory_advice(reason, self.inputs)}"
                 )
             information = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
             if not check_engine(information, precision, self.inputs[0].shape[0]):
@@ -160,6 +166,8 @@ def open_plan(
     def build() -> memoryview:
         nonlocal built
         built = True
+        check_gpu(flavour)  # before minutes are spent
+        torch.cuda.empty_cache()  # the builder leaves out what does not fit into what is free
         with long_wait(f"building a plan of {graph_file} with {flavour}"):
             return build_plan(graph_file, flavour=flavour, precision=precision)
 
@@ -176,6 +184,24 @@ def open_plan(
             # What a plan can come to depend on beyond its key is the driver.
             cache.reject(used, plan, str(error))
         return load(cache.get(key, build))
+
+
+def check_gpu(flavour: str) -> None:
+    """Raise BackendUnavailableError if plans of a flavour do not run on torch's current GPU.
+
+    TensorRT builds for that GPU. Of TensorRT-RTX a plan of one addition is tried where its builder does not name it.
+    """
+    trt = import_flavour(flavour)
+    major, minor = torch.cuda.get_device_capability()
+    if flavour != "tensorrt-rtx" or f"SM{major}{minor}" in trt.ComputeCapability.__members__:
+        return
+    log = recording_logger(trt)
+    engine = make_runtime(trt, log).deserialize_cuda_engine(trt_build.build_addition(trt))
+    if engine is None or engine.create_execution_context() is None:
+        raise BackendUnavailableError(
+            f"plans of {flavour} {trt.__version__} do not run on {torch.cuda.get_device_name()} "
+            f"(compute capability {major}.{minor}): {log.take()}"
+        )
 
 
 def plan_key(

@@ -101,11 +101,12 @@ def _write_convolution(path: Path, precision: str) -> None:
 
 
 def try_tensorrt(flavour: str) -> dict[str, Any]:
-    """Start its runtime, which asks for the GPU's driver; no plan is built."""
+    """Start its runtime, which asks for the GPU's driver and, if that is not known to do, try a plan on the GPU."""
     import torch
 
     from diffloss_engine.errors import DiffLossError
     from diffloss_engine.trt_build import import_flavour, make_runtime, recording_logger
+    from diffloss_engine.trt_session import check_gpu
 
     trt, reason = import_flavour(flavour), None
     if not torch.cuda.is_available():
@@ -113,6 +114,7 @@ def try_tensorrt(flavour: str) -> dict[str, Any]:
     else:
         try:
             make_runtime(trt, recording_logger(trt))
+            check_gpu(flavour)
         except DiffLossError as error:
             reason = str(error)
     return {"version": trt.__version__, "precisions": [] if reason else list(PRECISIONS), "reason": reason}

@@ -142,6 +142,17 @@ def test_a_kernel_of_the_library() -> None:
         check_engine(of_library(3), "fp32", batch=2)
 
 
+@pytest.mark.parametrize("shape", [[2, 64], [64, 2], [2, 64, 1, 1]])
+def test_products_of_single_vectors_may_be_in_fp32_however_they_are_laid_out(shape: list[int]) -> None:
+    def of_product(shape: list[int]) -> str:
+        tensors = [{"Dimensions": shape, "Datatype": "Float"}]
+        return json.dumps({"Layers": [{"Name": "gemm", "LayerType": "gemm", "Inputs": tensors, "Outputs": tensors}]})
+
+    assert check_engine(of_product(shape), "fp16", batch=2) == 1
+    with pytest.raises(BackendError, match=r"1 of the plan's .* gemm \(fp32\)"):
+        check_engine(of_product([2, 3, 64]), "fp16", batch=2)
+
+
 @pytest.mark.parametrize(
     "unknown",
     [
