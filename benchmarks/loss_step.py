@@ -4,7 +4,7 @@ A step is the value and the gradient with respect to the restored images. On a C
 and so do products of large matrices, the ceiling; on a GPU, which does not hold all rows, each row and its product. The
 gradient's error is that of the worst of four timesteps, against float64, for restored images at 20, 30 and 40 dB.
 Arithmetic is what a step has to do, as PyTorch counts it: two passes forward and one back to the images. Each batch
-size has a process of its own; for memory see `machine.build`.
+size has a process of its own; where a row ends it, as a GPU's can, another one goes on. For memory see `machine.build`.
 """
 
 from __future__ import annotations
@@ -135,10 +135,6 @@ def measure(setting: Setting, precisions: Sequence[str], rounds: int, only: Sequ
     return rows
 
 
-def _row_file(setting: Setting, name: str) -> Path:
-    return setting.folder / "rows" / f"{setting.configuration}, {setting.batch_size}, {name}.json"
-
-
 def _measure_alone(
     setting: Setting, way: Way, expected: Mapping[str, Mapping[int, Tensor]], rounds: int
 ) -> dict[str, Any]:
@@ -146,7 +142,7 @@ def _measure_alone(
 
     Ends the process if that leaves the GPU of no use to it, with the row kept.
     """
-    file, attempts = _row_file(setting, way.name), 0
+    file, attempts = setting.folder / "rows" / f"{setting.configuration}, {setting.batch_size}, {way.name}.json", 0
     if file.exists():
         row: Row = json.loads(file.read_text())
         attempts = row.pop("attempts", _ATTEMPTS)
@@ -185,18 +181,16 @@ def _is_usable(device: torch.device) -> bool:
 
 def measure_in_processes(setting: Setting, *arguments: Any) -> list[Row]:
     """Return what `measure` does, in a process of its own, and in another one from where that has ended."""
-    kept = -1
+    before = 0
     while True:
         try:
             rows: list[Row] = alone(measure, setting, *arguments)
         except BrokenProcessPool:
-            tried = [
-                json.loads(file.read_text()).get("attempts", _ATTEMPTS)
-                for file in _row_file(setting, "").parent.glob("*")
-            ]
-            if sum(tried) <= kept:
+            files = (setting.folder / "rows").glob("*.json")
+            attempts = sum(json.loads(file.read_text()).get("attempts", _ATTEMPTS) for file in files)
+            if attempts <= before:  # it was not a row that ended it
                 raise
-            kept = sum(tried)
+            before = attempts
         else:
             return rows
 
