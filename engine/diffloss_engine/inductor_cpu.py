@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -90,7 +89,8 @@ def loops_split_evenly() -> Iterator[None]:
     """Have inductor split a loop into rows only where it has as many steps as whole rows.
 
     Inductor splits the loop over channels at the size of a group, to read one value per group, and leaves out the last
-    steps where the loop is over the first 64 of 96 channels, say, and a group has 12.
+    steps where the loop is over the first 64 of 96 channels, say, and a group has 12. What other threads compile
+    meanwhile is split likewise.
     """
     from torch._inductor.codegen.cpp import CppScheduling
     from torch._inductor.ir import ComputedBuffer
@@ -109,5 +109,8 @@ def loops_split_evenly() -> Iterator[None]:
         whole: list[Any] = split(scheduling, nodes)
         return whole
 
-    with mock.patch.object(CppScheduling, "try_loop_split", split_evenly):
+    CppScheduling.try_loop_split = split_evenly  # type: ignore[method-assign, assignment]
+    try:
         yield
+    finally:
+        CppScheduling.try_loop_split = split  # type: ignore[method-assign]
