@@ -20,6 +20,8 @@ TARGET_OVERSHOOT = 0.1
 RESTORED_OVERSHOOT = 25.0
 # The share of `value_range` below which a pair of batches is taken for one in another range, as [0, 1] is in [0, 255].
 NARROW = 1 / 50
+# Below it the products that a gradient is made of would be flushed to zero in float32.
+LEAST_WEIGHT = 1e-30
 TARGET_REQUIRES_GRAD = "target requires grad; the loss has no gradient for it: pass target.detach()"
 NOISE_REQUIRES_GRAD = "noise requires grad; the loss has no gradient for it: pass noise.detach()"
 # What can be widened to float32 without a loss, and float64.
@@ -27,11 +29,14 @@ _IMAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_weight(name: str, value: Any) -> float:
-    """Check a weight: zero, or a positive number that float32 holds in full, NumPy's scalars among them."""
-    weight, of_float32 = _check_number(name, value), torch.finfo(torch.float32)
-    if weight and not of_float32.tiny <= weight <= of_float32.max:
+    """Check a weight, which may be one of NumPy's scalars; return zero, or a number not below `LEAST_WEIGHT`.
+
+    A weight that is halved again and again is not rounded to zero, which would leave its term out.
+    """
+    weight = _check_number(name, value)
+    if not 0 <= weight <= torch.finfo(torch.float32).max:
         raise InputError(f"{name} is {value}; expected a finite number >= 0 that float32 holds")
-    return weight
+    return max(weight, LEAST_WEIGHT) if weight else 0.0
 
 
 def _check_number(name: str, value: Any) -> float:

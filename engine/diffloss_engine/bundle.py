@@ -25,6 +25,8 @@ from diffloss_engine.manifest import FORMAT_VERSION, MANIFEST, FileEntry, Graph,
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "Bundle", "BundleWriter", "FileEntry", "Graph", "file_sha256"]
 
+_MADE = "'diffloss-export onnx MODEL -o BUNDLE' makes a bundle"
+
 
 class Bundle:
     """A bundle on disk, opened for reading.
@@ -68,13 +70,15 @@ class Bundle:
         try:
             folder = Path(path).expanduser()  # nobody does it for a path in a file of options
             if not folder.is_dir():
-                raise BundleError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist")
+                raise BundleError(
+                    f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist; {_MADE}"
+                )
         # Of a home that is not known, or a path that is too long.
         except (OSError, RuntimeError) as error:
             raise BundleError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
         on_disk = list_files(folder)
         if on_disk.pop(MANIFEST, None) is None:
-            raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
+            raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; {_MADE}")
         try:
             manifest = Manifest.from_json(strict_json.read_json(folder / MANIFEST))
         except IntegrityError as error:
@@ -175,7 +179,7 @@ class BundleWriter:
     def __init__(self, destination: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         try:
             # Links are followed here, so that what is replaced is the folder and not the link to it.
-            self.destination = Path(destination).resolve()
+            self.destination = Path(destination).expanduser().resolve()
         except (OSError, RuntimeError) as error:
             raise InputError(f"{destination} cannot be written to: {error}") from error
         if self.destination.is_symlink():  # from Python 3.13 on a loop is no error

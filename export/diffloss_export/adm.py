@@ -185,6 +185,11 @@ def _check_fit(state: Mapping[str, Tensor], flags: AdmFlags, path: Path) -> None
     problems = _problems(shapes, flags)
     if not problems:
         return
+    if "conv_in.weight" in shapes:
+        raise ModelError(
+            f"{path} holds the state dict of a diffusers UNet, expected a guided-diffusion checkpoint: write the UNet "
+            "with save_pretrained, and give the folder"
+        )
     first = shapes.get("input_blocks.0.0.weight", ())
     if len(first) == 4 and first[1] != 3:
         raise ModelError(
@@ -217,7 +222,7 @@ def _suspicion(shapes: Mapping[str, tuple[int, ...]], flags: AdmFlags) -> list[s
         # Every shape depends on this one: without it no other can be judged.
         return [f"the flag num_channels is wrong: it is {width[1]}"]
     best: list[str] = []
-    least = len(_problems(shapes, flags))
+    least = len(_problems(shapes, flags)) // 2 + 1  # a flag with which most do not fit either is not the one
     for name, value in _alternatives(shapes, flags):
         try:
             left = len(_problems(shapes, dataclasses.replace(flags, **{name: value}).checked()))

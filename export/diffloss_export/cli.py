@@ -460,10 +460,12 @@ def _explain(args: argparse.Namespace) -> int:
     from diffloss_engine.bundle import Bundle
     from diffloss_export.explain import check_output, draw, explain, load_loss, read_images, to_json
     from diffloss_export.pictures import write_picture
+    from diffloss_trt.contract import read_channels
     from diffloss_trt.opening import choose_device
 
     bundle = None if args.bundle is None else Bundle.open(args.bundle)
     check_output(args.output, args.restored, args.target, bundle=bundle)
+    restored, target = read_images(args.restored, args.target, 3 if bundle is None else read_channels(bundle))
     with _stages() as on_stage:
         on_stage("loading")
         loss, tile = load_loss(
@@ -472,7 +474,6 @@ def _explain(args: argparse.Namespace) -> int:
             naturalness_weight=args.naturalness_weight,
             semantic_weight=args.semantic_weight,
         )
-        restored, target = read_images(args.restored, args.target, loss.evaluator.channels)
         explanation = explain(loss, restored, target, tile=tile, draws=args.draws, seed=args.seed, on_stage=on_stage)
     write_picture(args.output, draw(explanation, restored).save)
     if args.json:
@@ -515,8 +516,8 @@ def _lasting_interrupt() -> Iterator[Callable[[], None]]:
     """Give a function that raises KeyboardInterrupt if Ctrl-C was pressed and the exception got lost.
 
     Python drops an exception that is raised in a weak reference's callback or a finaliser, and between two graphs
-    torch spends its time in thousands of those. SIGTERM and SIGHUP do as Ctrl-C does. What is ignored stays ignored, as
-    Ctrl-C is in what a script starts in the background.
+    torch spends its time in thousands of those. An error behind it counts as KeyboardInterrupt too. SIGTERM and SIGHUP
+    do as Ctrl-C does. What is ignored stays ignored, as Ctrl-C is in what a script starts in the background.
     """
     pressed: list[int] = []
 
@@ -534,6 +535,10 @@ def _lasting_interrupt() -> Iterator[Callable[[], None]]:
             previous[number] = signal.signal(number, press)
     try:
         yield check
+    except Exception as error:
+        if pressed:  # a library may take it for its own failure
+            raise KeyboardInterrupt(pressed[0]) from error
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import InputError
+from diffloss_engine.errors import InputError, first_line
 from diffloss_export.models import BUILTIN, load_model
 from diffloss_export.pictures import check_place
 from diffloss_trt import DiffLoss
@@ -161,8 +161,8 @@ def check_output(path: Path, *read: Path, bundle: Bundle | None = None) -> None:
 def read_image(path: Path, channels: int) -> Tensor:
     """Return an image file as float32 [channels, H, W] in [0, 1]; transparency is left out.
 
-    Raises InputError if it is not an image of 8 bits a channel, or `channels` is neither 1 nor 3, OSError if it cannot
-    be read.
+    It is turned as its EXIF orientation says. Raises InputError if it cannot be read, is not an image of 8 bits a
+    channel, or `channels` is neither 1 nor 3.
     """
     if channels not in _MODES:
         raise InputError(f"the loss takes images of {channels} channels, which no picture file has; expected 1 or 3")
@@ -170,9 +170,10 @@ def read_image(path: Path, channels: int) -> Tensor:
         with Image.open(path) as image:
             if image.mode not in _EIGHT_BITS:
                 raise InputError(f"{path} has pixels of kind {image.mode}; expected 8 bits a channel")
-            pixels = image.convert(_MODES[channels])
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: {error}") from error
+            pixels = ImageOps.exif_transpose(image).convert(_MODES[channels])
+    except (OSError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise InputError(f"{path} cannot be read: {reason}") from error
     values = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
     return values.view(pixels.height, pixels.width, channels).permute(2, 0, 1).float() / 255
 

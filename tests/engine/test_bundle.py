@@ -58,7 +58,9 @@ def test_a_relative_path_is_that_of_the_folder_it_was_opened_in(
     """A training that changes its working directory goes on reading files, and what it pickles is found again."""
     monkeypatch.chdir(bundle.path.parent)
     opened = Bundle.open(bundle.path.name)
-    with pytest.raises(BundleError, match=r"^none does not exist$"):
+    with pytest.raises(
+        BundleError, match=r"^none does not exist; 'diffloss-export onnx MODEL -o BUNDLE' makes a bundle$"
+    ):
         Bundle.open("none")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

@@ -29,6 +29,7 @@ from diffloss_trt import DiffLoss
 from diffloss_trt.contract import BOTTLENECK, ENCODER, NOISE, NOISE_HEAD, NOISY, TIMESTEPS
 from diffloss_trt.unet import TappedUNet, reload_unet
 from exports import make_schedule
+from unets import make_unet
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = DATA / "a.pt"
@@ -325,6 +326,20 @@ def test_wrong_flag_is_named(kind: str, flag: str, value: Any, tmp_path: Path) -
     assert "\n" not in message
     assert f"{path}: the checkpoint does not fit the flags: " in message
     assert f"the flag {flag} is probably wrong: with {str(flags[flag]).lower()} everything fits" in message
+
+
+def test_a_flag_with_which_most_is_wrong_too_is_not_suggested(tmp_path: Path) -> None:
+    network = random_network("plain")
+    state = {name: network.state[name] for name in ("time_embed.0.weight", "input_blocks.0.0.weight")}
+    with pytest.raises(ModelError) as caught:
+        load_model(save(state, tmp_path), adm_flags=in_json(network.flags))
+    assert "probably" not in str(caught.value)
+
+
+def test_a_state_dict_of_diffusers_is_known(tmp_path: Path) -> None:
+    path = save(make_unet().state_dict(), tmp_path)
+    with pytest.raises(ModelError, match=r"of a diffusers UNet, .*write the UNet with save_pretrained"):
+        load_model(path)
 
 
 def test_wrong_width_is_named_whatever_else_is_wrong(tmp_path: Path) -> None:

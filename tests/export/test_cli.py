@@ -158,6 +158,21 @@ def test_interrupted_export_leaves_no_bundle(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_an_interrupt_that_a_library_takes_for_its_own_failure(
+    run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verify_bundle(*_: object, **__: object) -> NoReturn:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise BundleError("it is damaged") from error
+        raise AssertionError
+
+    monkeypatch.setattr("diffloss_export.verify.verify_bundle", verify_bundle)
+    assert run("verify", bundle.path) == (143, "", "diffloss-export: interrupted\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_what_is_ignored_stays_ignored(run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Ctrl-C is where a script has started the command in the background."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -220,6 +220,22 @@ def test_an_image_that_is_read_is_not_overwritten(tmp_path: Path) -> None:
     check_output(tmp_path / "out.png", restored, tmp_path / "none.png")
 
 
+def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.png cannot be read: No such file or directory"):
+        read_image(tmp_path / "none.png", 3)
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "part.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-1000])
+    with pytest.raises(InputError, match=r"part\.png cannot be read: image file is truncated"):
+        read_image(tmp_path / "part.png", 3)
+
+
+def test_images_are_turned_as_they_say(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: a quarter turn
+    Image.new("L", (4, 2)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg", 1).shape == (1, 4, 2)
+
+
 def test_formats_of_images(tmp_path: Path) -> None:
     grey = Image.new("L", (4, 2), 51)
     grey.save(tmp_path / "grey.png")
