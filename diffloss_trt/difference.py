@@ -278,8 +278,8 @@ def attention(
     m = 2 * t / (1 - t)  # expm1, which ONNX lacks; t is in (-1, 0], so that nothing cancels
     mean = (p_v * m).sum(-1, keepdim=True)
     denominator = 2 + m + mean
-    # Where it is this small, both terms are near -1, since a logit of the row has moved by about one. The subtraction of
-    # probabilities then loses no more than the logits' own rounding, and that in the quotient would.
+    # Where it is this small, both terms are near -1: a logit of the row has moved by about one. Then the subtraction of
+    # probabilities loses no more than the logits' own rounding, and the one in the quotient would.
     p_d = torch.where(denominator > 1, (p_v + p_u) * (m - mean) / denominator.clamp(min=1), p_u - p_v)
     p_d = p_d / per_sample(tape.scale, p_d)
     p_u = tape.narrow(p_u)
