@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
 from collections import deque
 from typing import Any
 
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from diffloss_engine.errors import BackendError, InputError
+from diffloss_engine.forking import ProcessLock
 
 logger = logging.getLogger(__name__)
 
 # How many calls back a draw can be found that activation checkpointing repeats.
 _REMEMBERED = 1024
-_numbering = threading.Lock()
+_numbering = ProcessLock()
 
 
 class Draws(nn.Module):
@@ -59,7 +59,7 @@ class Draws(nn.Module):
         return torch.Generator(device).manual_seed(int.from_bytes(digest[:8]) // 2)
 
     def _number(self, ticket: int) -> int:
-        with _numbering:
+        with _numbering.lock:
             # As torch.utils.checkpoint tells that it is in a backward pass.
             if torch._C._current_graph_task_id() != -1:
                 for earlier, number in reversed(self._tickets):

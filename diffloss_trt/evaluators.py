@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any, Protocol, Self
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from diffloss_engine.batching import run_batched
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.cuda_graph import GraphedSession
+from diffloss_engine.forking import ProcessLock
 from diffloss_engine.fp32_precision import fp32_precision
 from diffloss_engine.inductor import check_compiler, compile_program, has_bfloat16, open_compiled, package_key
 from diffloss_engine.session import Session, open_graph
@@ -196,7 +196,7 @@ class FusedEvaluator(_BundleEvaluator):
         self.cuda_graph = cuda_graph
         self.sessions: dict[str, Session] = {}
         self.references: dict[str, Session] = {}
-        self._opening = threading.Lock()
+        self._opening = ProcessLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         make = functools.partial(type(self), cuda_graph=self.cuda_graph)
@@ -212,7 +212,7 @@ class FusedEvaluator(_BundleEvaluator):
         """
         if name not in self.sessions:
             # Threads that share a loss wait for the one that opens it: the weights shall be there once.
-            with self._opening:
+            with self._opening.lock:
                 if name not in self.sessions:
                     self.sessions[name] = self._open_checked(name)
         return self.sessions[name]
@@ -269,7 +269,7 @@ class FusedEvaluator(_BundleEvaluator):
         """Raise ParityError unless `evaluate` has returned for the first image what eager PyTorch does in fp32."""
         name = gradient_graph(weights)
         restored, target, noise, timesteps = (tensor[:1] for tensor in images)
-        with self._opening:
+        with self._opening.lock:
             if name not in self.references:
                 self.references[name] = open_reference(self.bundle, name, self.device, self.schedule)
         with fp32_precision("ieee"):

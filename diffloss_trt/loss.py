@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import threading
 from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, NamedTuple, Self
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffloss_engine.errors import BackendError, DiffLossError, InputError, InputTypeError
+from diffloss_engine.forking import ProcessLock
 from diffloss_trt.autograd import attach
 from diffloss_trt.compiled import compiled_terms, register
 from diffloss_trt.draws import Draws
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 RANGE = "images that may be in another range"
 BATCH = "batches that do not fit the bundle's"
 # One for all losses, for a few instructions: a lock of its own could not be pickled with a loss.
-_counting = threading.Lock()
+_counting = ProcessLock()
 
 
 class Call(NamedTuple):
@@ -333,7 +333,7 @@ class DiffLoss(nn.Module):
                 "restored is what torch.func or forward-mode differentiation follows, which this loss cannot be; "
                 "the loss has a gradient by backward() and torch.autograd.grad, and reduction='none' one of each sample"
             )
-        with _counting:
+        with _counting.lock:
             self.calls += 1
             number = self.calls
         values = not _is_capturing(self.device)
@@ -423,7 +423,7 @@ class DiffLoss(nn.Module):
         logger.warning("call %s of this loss is skipped: %s", f"{number:,}", what)
 
     def _warn_once(self, of: str, message: str) -> None:
-        with _counting:
+        with _counting.lock:
             said = of in self.warned
             self.warned.add(of)
         if not said:

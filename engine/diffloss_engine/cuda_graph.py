@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from diffloss_engine.errors import BackendError, CaptureError
+from diffloss_engine.forking import ProcessLock
 from diffloss_engine.session import Session
 from diffloss_engine.tensors import check_tensors
 
@@ -28,7 +28,7 @@ class GraphedSession:
         self.device = session.device
         self._session = session
         # There is one set of inputs and outputs, which one call at a time may use.
-        self._enqueuing = threading.Lock()
+        self._enqueuing = ProcessLock()
         with torch.cuda.device(self.device):
             self._given = {
                 spec.name: torch.zeros(spec.shape, dtype=spec.torch_dtype, device=self.device) for spec in self.inputs
@@ -62,7 +62,7 @@ class GraphedSession:
         with torch.cuda.device(self.device), torch.no_grad():
             if torch.cuda.is_current_stream_capturing():
                 return self._session(inputs)
-            with self._enqueuing:
+            with self._enqueuing.lock:
                 graph = self._graph
                 if graph is None:
                     raise BackendError("the session was closed")
@@ -76,7 +76,7 @@ class GraphedSession:
         return results
 
     def close(self) -> None:
-        with self._enqueuing:
+        with self._enqueuing.lock:
             self._graph = None
             self._given, self._made = {}, {}
         self._session.close()

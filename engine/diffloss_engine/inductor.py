@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from diffloss_engine import inductor_cpu
 from diffloss_engine.errors import BackendUnavailableError, first_line
 from diffloss_engine.exclusive import exclusive
+from diffloss_engine.forking import ProcessLock, unforked
 from diffloss_engine.fp32_precision import fp32_settings, settings_for_export
 from diffloss_engine.hashed_files import file_sha256
 from diffloss_engine.plan_cache import PlanCache, gpu_identity
@@ -25,8 +25,9 @@ from diffloss_engine.torch_session import TorchSession
 
 def check_compiler() -> None:
     """Raise BackendUnavailableError if there is no C++ compiler, which inductor needs for a GPU too."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
+    with unforked():
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         get_cpp_compiler()
@@ -43,8 +44,9 @@ def compile_program(program: nn.Module, inputs: Sequence[Tensor]) -> bytes:
     options = {"freezing": True, "max_autotune": inputs[0].is_cuda, "cpp.dynamic_threads": True}
     try:
         # Only this backend needs the compiler's machinery, whose import takes seconds, and makes a folder.
-        from torch._inductor import aoti_compile_and_package
-        from torch._inductor.utils import fresh_cache
+        with unforked():
+            from torch._inductor import aoti_compile_and_package
+            from torch._inductor.utils import fresh_cache
 
         # What inductor leaves in its own cache is as large as the result, and nobody would look for it again.
         with (
@@ -85,7 +87,8 @@ def open_compiled(
 
     package = PlanCache().get(key, tell_and_build)
     try:
-        from torch._inductor import aoti_load_package
+        with unforked():
+            from torch._inductor import aoti_load_package
 
         with TemporaryDirectory() as scratch:
             path = Path(scratch) / "program.pt2"
@@ -102,10 +105,10 @@ def open_compiled(
 
 
 def _one_at_a_time(run: Callable[..., Any]) -> Callable[..., Any]:
-    enqueuing = threading.Lock()
+    enqueuing = ProcessLock()
 
     def locked(*inputs: Tensor) -> Any:
-        with enqueuing:
+        with enqueuing.lock:
             return run(*inputs)
 
     return locked

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.errors import BackendError, BackendUnavailableError, BundleError, InputError
+from diffloss_engine.forking import ProcessLock, unforked
 from diffloss_engine.memory import memory_advice
 from diffloss_engine.tensors import DTYPES, TensorSpec, addressable, check_tensors, concrete_device
 
@@ -70,7 +70,7 @@ class OrtSession:
         self.device = concrete_device(device)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         # Runs on one CUDA stream share its cuBLAS and cuDNN handles, which only one thread may use at a time.
-        self._enqueuing = threading.Lock()
+        self._enqueuing = ProcessLock()
         self._run_options = runtime.RunOptions()
         if self._stream is not None:
             # Without this, each run would end by waiting for the GPU; torch's stream waits instead.
@@ -94,10 +94,12 @@ class OrtSession:
         # Copies, where they are made, live in this list until the run has been enqueued.
         given = [addressable(inputs[spec.name].detach()) for spec in self.inputs]
         made = [torch.empty(spec.shape, dtype=spec.torch_dtype, device=self.device) for spec in self.outputs]
-        if self._stream is None:
-            self._run(session, given, made)
-        else:
-            self._run_on_stream(session, self._stream, given, made)
+        # A forked process would wait for ever for the locks that a run has in ONNX Runtime.
+        with unforked():
+            if self._stream is None:
+                self._run(session, given, made)
+            else:
+                self._run_on_stream(session, self._stream, given, made)
         return {spec.name: tensor for spec, tensor in zip(self.outputs, made, strict=True)}
 
     def close(self) -> None:
@@ -130,7 +132,7 @@ class OrtSession:
         made: Sequence[Tensor],
     ) -> None:
         current = torch.cuda.current_stream(self.device)
-        with self._enqueuing, torch.cuda.device(self.device):
+        with self._enqueuing.lock, torch.cuda.device(self.device):
             for tensor in (*given, *made):
                 tensor.record_stream(stream)
             if any(memory.name != "Cuda" for memory in session.get_input_memory_infos()):
@@ -182,7 +184,8 @@ def import_runtime() -> ModuleType:
     if undecided:
         os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
-        import onnxruntime
+        with unforked():
+            import onnxruntime
     except ImportError as error:
         raise BackendUnavailableError(
             f"ONNX Runtime cannot be imported ({error}): install 'onnxruntime', or 'onnxruntime-gpu' for CUDA"
@@ -224,13 +227,14 @@ def _create(
     options.log_severity_level = 3
     states = runtime.capi.onnxruntime_pybind11_state
     try:
-        session = runtime.InferenceSession(
-            graph_file,
-            sess_options=options,
-            providers=providers,
-            # Otherwise a provider that fails is replaced by another, with a line on stdout.
-            enable_fallback=0,
-        )
+        with unforked():
+            session = runtime.InferenceSession(
+                graph_file,
+                sess_options=options,
+                providers=providers,
+                # Otherwise a provider that fails is replaced by another, with a line on stdout.
+                enable_fallback=0,
+            )
         _trim_heap()
         return session
     except (states.NoSuchFile, states.InvalidProtobuf) as error:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.errors import BackendError, InputError, InputTypeError
+from diffloss_engine.forking import unforked
 from diffloss_engine.memory import memory_advice
 from diffloss_engine.tensors import TensorSpec, addressable, check_tensors, concrete_device
 
@@ -40,8 +41,9 @@ class TorchSession:
             raise BackendError("the session was closed")
         check_tensors(self.inputs, inputs, self.device)
         try:
-            # A caller's autocast would reach into the program, whose dtypes are its own business.
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            # A caller's autocast would reach into the program, whose dtypes are its own business. A compiled program is
+            # taken by a run, which in a process forked meanwhile would never give it back.
+            with unforked(), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 # Traced or compiled for dense tensors, a program does not look whether it is given such.
                 results = program(*(addressable(inputs[spec.name].detach()) for spec in self.inputs))
         except torch.OutOfMemoryError:

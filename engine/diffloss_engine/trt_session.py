@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from diffloss_engine import trt_build
 from diffloss_engine.errors import BackendError, BackendUnavailableError
+from diffloss_engine.forking import ProcessLock
 from diffloss_engine.hashed_files import file_sha256
 from diffloss_engine.memory import memory_advice
 from diffloss_engine.plan_cache import Key, Plan, PlanCache, gpu_identity
@@ -70,7 +70,7 @@ class TrtSession:
         self.device = concrete_device(device)
         self._logger = recording_logger(trt)
         # An execution context has one set of addresses, which one thread at a time may set and use.
-        self._enqueuing = threading.Lock()
+        self._enqueuing = ProcessLock()
         # An engine belongs to the GPU that is current when it is made.
         with torch.cuda.device(self.device):
             self._stream = torch.cuda.Stream()
@@ -115,7 +115,7 @@ class TrtSession:
             # tensors belong to torch's current stream, which waits for the other one: what it does with their memory
             # afterwards comes after.
             running = stream if torch.cuda.is_current_stream_capturing() else self._stream
-            with self._enqueuing:
+            with self._enqueuing.lock:
                 context = self._context
                 if context is None:
                     raise BackendError("the session was closed")
@@ -132,7 +132,7 @@ class TrtSession:
         return made
 
     def close(self) -> None:
-        with self._enqueuing:
+        with self._enqueuing.lock:
             self._context = self._engine = None
 
     def _check(self, success: bool, what: str) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 import sys
 import threading
@@ -29,6 +28,7 @@ from diffloss_engine import (
     TensorSpec,
 )
 from diffloss_engine.ort_session import OrtSession
+from forked import forks, run_forked
 
 CPU = torch.device("cpu")
 Kernel = tuple[Tensor, Tensor]
@@ -303,9 +303,7 @@ def test_a_call_uses_as_many_threads_as_torch(tmp_path: Path, save_conv: SaveCon
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes cannot be forked here")
-# Python 3.12 and later warn of what is tested here.
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@forks
 def test_a_forked_process_can_call_and_close_it(tmp_path: Path, save_conv: SaveConv) -> None:
     """Its threads are not there; freed for good, it would wait for them for ever."""
     session, inputs = open_graph(tmp_path, save_conv(tmp_path, "float32"), threads=2), sample()
@@ -315,11 +313,7 @@ def test_a_forked_process_can_call_and_close_it(tmp_path: Path, save_conv: SaveC
         assert torch.equal(session(inputs)["features"], wanted)
         session.close()
 
-    child = multiprocessing.get_context("fork").Process(target=use)
-    child.start()
-    child.join(30)
-    child.kill()
-    assert child.exitcode == 0
+    run_forked(use)
 
 
 @pytest.mark.parametrize("threads", [0, -1])

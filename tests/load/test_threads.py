@@ -16,9 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffloss_trt import DiffLoss
+from diffloss_trt import DiffLoss, draws
+from diffloss_trt import loss as loss_module
 from diffloss_trt.contract import GRADIENT
 from diffloss_trt.evaluators import FusedEvaluator
+from forked import forks, run_forked
 from load.jobs import JOBS, OWN, THREADS, WEIGHTS, Done, Job, compute, load
 
 # PyTorch's own convolutions round otherwise while another thread traces (torch 2.13); 6e-7 was seen.
@@ -190,3 +192,30 @@ def test_threads_that_ask_first_open_one_session(bundle: str) -> None:
     assert len(opened) == THREADS
     assert len({id(session) for session in opened}) == 1
     assert live_sessions() == before + 1
+
+
+@forks
+def test_a_process_forked_beside_threads_in_a_loss(bundle: str) -> None:
+    """It counts, draws and opens a session, for each of which another thread of its parent holds the lock."""
+    loss, image = load(bundle, (0.0, 1.0), seed=0), torch.zeros(2, 3, 16, 16)
+    loss.semantic_weight = loss.naturalness_weight = 1.0  # another graph than the one that is open
+    evaluator = loss.evaluator
+    assert isinstance(evaluator, FusedEvaluator)
+    inside, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with loss_module._counting.lock, draws._numbering.lock, evaluator._opening.lock:
+            inside.set()
+            over.wait()
+
+    def use() -> None:
+        assert float(loss(image, image)) == 0
+        DiffLoss.load(bundle, "torch", "cpu")
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(hold)
+        inside.wait()
+        try:
+            run_forked(use)
+        finally:
+            over.set()
