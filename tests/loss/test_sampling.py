@@ -19,7 +19,9 @@ SCHEDULE = make_schedule()
 COUNT = len(SCHEDULE)
 
 
-def draw(density: Density, batch: int = 50, batches: int = 400, step: int | None = None, low_discrepancy: bool = False) -> Tensor:
+def draw(
+    density: Density, batch: int = 50, batches: int = 400, step: int | None = None, low_discrepancy: bool = False
+) -> Tensor:
     """Return [batches, batch] timesteps of one seeded sampler."""
     sampler = TimestepSampler(density, low_discrepancy=low_discrepancy, generator=torch.Generator().manual_seed(0))
     return torch.stack([sampler(batch, step) for _ in range(batches)])
