@@ -166,7 +166,7 @@ def test_timesteps_are_where_the_loss_is() -> None:
         partial(Annealed, uniform_range(SCHEDULE), (0, COUNT), (0, 10), 0),
         partial(Annealed, uniform_range(SCHEDULE), (0, COUNT), (0, 0), 5),
         partial(Annealed, uniform_range(SCHEDULE, 500), (0, COUNT), (0, 100), 5),
-        partial(Annealed, uniform_range(SCHEDULE), (0, COUNT), (0, 10), math.inf),
+        partial(Annealed, uniform_range(SCHEDULE), (0, COUNT), (0, 10), math.inf),  # type: ignore[arg-type]
         lambda: TimestepSampler(uniform_range(SCHEDULE))(0),
         partial(TimestepSampler, uniform_range(SCHEDULE), device="bogus"),
         partial(TimestepSampler, uniform_range(SCHEDULE), device="meta"),
@@ -200,13 +200,13 @@ def test_a_density_that_changes_is_not_drawn_from_without_a_step() -> None:
         (lambda: TimestepSampler(uniform_range(SCHEDULE))(2.5), "batch is a float"),  # type: ignore[arg-type]
         (lambda: TimestepSampler(uniform_range(SCHEDULE))("a"), "batch is a str"),  # type: ignore[arg-type]
         (lambda: TimestepSampler(uniform_range(SCHEDULE))(2, "a"), "step is a str"),  # type: ignore[arg-type]
-        (partial(Annealed, [1, 2], (0, 2), (0, 1), 5), "a density over timesteps is a list"),
-        (partial(Annealed, uniform_range(SCHEDULE), (0, 2), (0, 1), "x"), "steps is 'x', a str"),
-        (partial(Annealed, uniform_range(SCHEDULE), 5, (0, 1), 5), r"start is 5; expected \(low, high\)"),
-        (partial(Annealed, uniform_range(SCHEDULE), (0, 2), (0, 1, 2), 5), r"end is \(0, 1, 2\); expected \(low, high"),
-        (partial(Annealed, uniform_range(SCHEDULE), (0, 2), (0, 1.5), 5), "a bound of end is a float"),
-        (partial(uniform_range, SCHEDULE, 2.5, 7), "low is a float"),
-        (partial(uniform_range, SCHEDULE, 2, 7.5), "high is a float"),
+        (partial(Annealed, [1, 2], (0, 2), (0, 1), 5), "a density over timesteps is a list"),  # type: ignore[arg-type]
+        (partial(Annealed, uniform_range(SCHEDULE), (0, 2), (0, 1), "x"), "steps is 'x', a str"),  # type: ignore[arg-type]
+        (partial(Annealed, uniform_range(SCHEDULE), 5, (0, 1), 5), r"start is 5; expected \(low, high\)"),  # type: ignore[arg-type]
+        (partial(Annealed, uniform_range(SCHEDULE), (0, 2), (0, 1, 2), 5), r"end is \(0, 1, 2\); expected \(low, high"),  # type: ignore[arg-type]
+        (partial(Annealed, uniform_range(SCHEDULE), (0, 2), (0, 1.5), 5), "a bound of end is a float"),  # type: ignore[arg-type]
+        (partial(uniform_range, SCHEDULE, 2.5, 7), "low is a float"),  # type: ignore[arg-type]
+        (partial(uniform_range, SCHEDULE, 2, 7.5), "high is a float"),  # type: ignore[arg-type]
     ],
 )
 def test_arguments_of_another_type_are_named(make: Callable[[], object], named: str) -> None:

@@ -58,8 +58,8 @@ def test_schedules_pickle() -> None:
         partial(Cosine, math.inf, 0.0, 3),
         partial(Cosine, 1.0, -0.1, 3),
         partial(Cosine, 1.0, 0.0, 0),
-        partial(Cosine, 1.0, 0.0, math.nan),
-        partial(WarmUp, 1.0, math.inf),
+        partial(Cosine, 1.0, 0.0, math.nan),  # type: ignore[arg-type]
+        partial(WarmUp, 1.0, math.inf),  # type: ignore[arg-type]
     ],
 )
 def test_what_cannot_be_a_schedule(make: Callable[[], object]) -> None:
