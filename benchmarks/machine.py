@@ -10,14 +10,16 @@ import textwrap
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from timing import wait
 from torch import Tensor
 
 from diffloss_engine.errors import DiffLossError
+from diffloss_engine.fp32_precision import rounds_convolutions
 
+_Step = TypeVar("_Step", bound=Callable[..., Any])
 _PACKAGES = (
     "torch",
     "diffusers",
@@ -69,6 +71,11 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+def eager_fp32(name: str, device: torch.device) -> str:
+    """Return `name`, of eager PyTorch in fp32, with what a GPU makes of its convolutions unless it is told not to."""
+    return f"{name}, convolutions in TF32" if rounds_convolutions(device) else name
+
+
 def large_product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], Tensor], int]:
     """Return a function that multiplies two large matrices, as fast as the machine can do arithmetic, and its FLOP."""
     side = _SIDES[device.type]
@@ -83,7 +90,7 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def build(make: Callable[[], Callable[..., Any]], device: torch.device) -> tuple[Callable[..., Any], int]:
+def build(make: Callable[[], _Step], device: torch.device) -> tuple[_Step, int]:
     """Return the step that `make` returns, warmed up, and how many bytes it takes, weights included, while it runs.
 
     What only warming up needs is given back and not counted. On a GPU it is the GPU's memory, whoever took it: nobody

@@ -92,23 +92,27 @@ def draw_scaling(curves: list[dict[str, Any]]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.0, 2.4), layout="constrained")
         panels = dict(zip(("images", "pixels"), figure.subplots(1, 2, sharey=True), strict=True))
-        for curve in curves:
+        run = [curve for curve in curves if "not_run" not in curve]
+        for curve in run:
             axes = panels[curve["over"]]
             sizes, times, low, high = zip(
                 *((point["size"], point["median_ms"], *point["quartiles_ms"]) for point in curve["points"]), strict=True
             )
+            beside = [other for other in run if other["over"] == curve["over"]]
+            ticks = sorted({point["size"] for other in beside for point in other["points"]})
             colour = BLUE if curve["way"].startswith(OURS) else GREY
             label = f"{curve['way']}: size$^{{{curve['exponent']:.2f}}}$"
             axes.fill_between(sizes, low, high, color=colour, alpha=0.2, linewidth=0)
             axes.plot(sizes, times, "o-", color=colour, markersize=3, linewidth=1.2, label=label)
-            axes.set(xscale="log", yscale="log", xticks=sizes, xticklabels=sizes)
+            axes.set(xscale="log", yscale="log", xticks=ticks, xticklabels=ticks)
             axes.minorticks_off()
         panels["images"].set(xlabel="images in a batch", ylabel="ms a step")
         panels["pixels"].set(xlabel="pixels of one image")
         for axes in panels.values():
             axes.grid(linewidth=0.3, color="0.85")
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False)
+            if axes.lines:
+                axes.legend(frameon=False)
     return figure
 
 

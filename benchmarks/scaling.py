@@ -1,10 +1,11 @@
 """How the cost of the loss grows with batch, image size and processes: `python benchmarks/scaling.py --json FILE`.
 
 A step of the loss, value and gradient, is timed in eager PyTorch in fp32 and in ours, on the fastest backend that is
-there, over batch sizes and over image sizes. Times are fitted by a power of the size, by least squares on logarithms;
-memory, of which weights are a fixed part, by a straight line. Then a training step
-of a restoration network under DistributedDataParallel is timed on one rank, on all with nothing exchanged, and on all
-with gradients exchanged, in turn in the same processes. On a CPU each rank has one thread; on GPUs each has its own.
+there, over batch sizes and over image sizes. A size that cannot be run, for want of memory, is left out. Times are
+fitted by a power of the size, by least squares on logarithms; memory, of which weights are a fixed part, by a straight
+line. Then a training step of a restoration network under DistributedDataParallel is timed on one rank, on all with
+nothing exchanged, and on all with gradients exchanged, in turn in the same processes. On a CPU each rank has one
+thread; on GPUs each has its own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +30,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from bundles import load_tapped, make_bundle, workplace
 from configurations import CONFIGURATIONS
-from machine import build, describe
+from machine import build, describe, eager_fp32, reason
 from nafnet import WideRestorationNetwork
 from timing import Timing, interleaved, wait
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffloss_trt import DiffLoss
 from diffloss_trt.opening import choose_device
 
 EAGER: Final = "eager PyTorch, fp32"
+OURS: Final = "diffloss-trt"
 # What is measured unless said otherwise, by the type of device: architecture, batch sizes (of its own image size), and
 # sides of single images.
 DEFAULTS: Final = {
@@ -68,7 +70,7 @@ class Setting:
 
     def loss(self, point: Point) -> DiffLoss:
         """Return the loss, for images in [0, 1]."""
-        if point.way != EAGER:
+        if not point.way.startswith(EAGER):
             precision = PRECISION[self.device.type]
             bundle = make_bundle(self.folder, self.configuration, precision, point.batch_size, point.side)
             return DiffLoss.load(bundle.path, "auto", self.device, backward="fused")
@@ -76,11 +78,22 @@ class Setting:
         nn.utils.convert_conv2d_weight_memory_format(tapped.unet, torch.channels_last)
         return DiffLoss.from_unet(tapped.unet, tapped.schedule)
 
-    def step(self, point: Point) -> Callable[[], object]:
-        loss_fn = self.loss(point)
+    def step(self, point: Point) -> Step:
         target = torch.rand(point.batch_size, 3, point.side, point.side, device=self.device)
         restored = (target + 0.05 * torch.randn_like(target)).requires_grad_()
-        return lambda: torch.autograd.grad(loss_fn(restored, target), restored)
+        return Step(self.loss(point), restored, target)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The loss's value and gradient at one point."""
+
+    loss_fn: DiffLoss
+    restored: Tensor
+    target: Tensor
+
+    def __call__(self) -> object:
+        return torch.autograd.grad(self.loss_fn(self.restored, self.target), self.restored)
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
@@ -104,24 +117,46 @@ def _curve(sizes: Sequence[int], timings: Sequence[Timing], memory: Sequence[int
 def measure_sizes(
     setting: Setting, batch_sizes: Sequence[int], sides: Sequence[int], rounds: int
 ) -> list[dict[str, Any]]:
-    """Return a curve for each way over images, and one over pixels."""
+    """Return a curve for each way over images, and one over pixels; or why there is none, of fewer than two points."""
     own = int(CONFIGURATIONS[setting.configuration]["sample_size"])
-    ours = f"diffloss-trt, {PRECISION[setting.device.type]}"
-    points = [Point(way, *size) for way in (EAGER, ours) for size in _sizes(own, batch_sizes, sides)]
-    steps: dict[str, Callable[[], object]] = {}
+    eager = eager_fp32(EAGER, setting.device)
+    steps: dict[Point, Step] = {}
     memory: dict[Point, int] = {}
-    for point in points:
-        steps[str(point)], memory[point] = build(functools.partial(setting.step, point), setting.device)
-    timings = interleaved(steps, rounds, setting.device)
+    not_run: dict[Point, str] = {}
+    for point in (Point(way, *size) for way in (eager, OURS) for size in _sizes(own, batch_sizes, sides)):
+        print(f"building {point} ...", flush=True)
+        try:
+            steps[point], memory[point] = build(functools.partial(setting.step, point), setting.device)
+        # Whatever it is, it must not lose the other points.
+        except Exception as error:
+            not_run[point] = reason(error, setting.folder)
+    timings = interleaved({str(point): step for point, step in steps.items()}, rounds, setting.device)
     curves = []
-    for way in (EAGER, ours):
-        for over, sizes, chosen in (
-            ("images", batch_sizes, [Point(way, count, own) for count in batch_sizes]),
-            ("pixels", [side**2 for side in sides], [Point(way, 1, side) for side in sides]),
+    for way in (eager, OURS):
+        for over, chosen in (
+            ("images", {count: Point(way, count, own) for count in batch_sizes}),
+            ("pixels", {side**2: Point(way, 1, side) for side in sides}),
         ):
-            curve = _curve(sizes, [timings[str(point)] for point in chosen], [memory[point] for point in chosen])
-            curves.append({"way": way, "over": over, **curve})
+            run = {size: point for size, point in chosen.items() if point in steps}
+            curve: dict[str, Any] = {"way": _name(way, [steps[point] for point in run.values()], setting), "over": over}
+            left_out = {str(size): not_run[point] for size, point in chosen.items() if point in not_run}
+            if len(run) < 2:
+                curve["not_run"] = next(iter(left_out.values()), "a curve needs two sizes")
+            else:
+                points = run.values()
+                curve |= _curve([*run], [timings[str(point)] for point in points], [memory[point] for point in points])
+                if left_out:
+                    curve["left_out"] = left_out
+            curves.append(curve)
     return curves
+
+
+def _name(way: str, steps: Iterable[Step], setting: Setting) -> str:
+    """Return what a curve's way is called: ours by the backend that "auto" took, or by each of them."""
+    if way != OURS:
+        return way
+    backends = " and ".join(dict.fromkeys(step.loss_fn.evaluator.backend for step in steps)) or "auto"
+    return f"{OURS}, {backends}, {PRECISION[setting.device.type]}"
 
 
 def _sizes(own: int, batch_sizes: Sequence[int], sides: Sequence[int]) -> list[tuple[int, int]]:
@@ -132,10 +167,14 @@ def measure_processes(setting: Setting, point: Point, rounds: int) -> dict[str, 
     """Return what a training step takes on one rank, on all, and on all with an exchange of gradients."""
     if setting.device.type == "cuda" and torch.cuda.device_count() < _RANKS:
         return {"ranks": _RANKS, "not_run": f"it needs {_RANKS} GPUs"}
-    setting.loss(point)  # the ranks find bundle and plan made
-    with TemporaryDirectory() as meeting:
-        torch.multiprocessing.spawn(_rank, (setting, point, rounds, Path(meeting)), nprocs=_RANKS)
-        found: dict[str, Any] = json.loads((Path(meeting) / "result.json").read_text())
+    try:
+        setting.loss(point)  # the ranks find bundle and plan made
+        with TemporaryDirectory() as meeting:
+            torch.multiprocessing.spawn(_rank, (setting, point, rounds, Path(meeting)), nprocs=_RANKS)
+            found: dict[str, Any] = json.loads((Path(meeting) / "result.json").read_text())
+    # Whatever it is, it must not lose the curves.
+    except Exception as error:
+        return {"ranks": _RANKS, "not_run": reason(error, setting.folder)}
     return found
 
 
@@ -216,7 +255,7 @@ def main() -> None:
         setting = Setting(folder, args.configuration, device)
         curves = measure_sizes(setting, args.batch_sizes, args.sides, args.rounds)
         own = int(CONFIGURATIONS[args.configuration]["sample_size"])
-        largest = Point("diffloss-trt", max(args.batch_sizes), own)
+        largest = Point(OURS, max(args.batch_sizes), own)
         processes = measure_processes(setting, largest, args.rounds)
     result = {**describe(), "configuration": args.configuration, "curves": curves, "processes": processes}
     if args.json:

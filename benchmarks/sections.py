@@ -238,13 +238,18 @@ def train_step(content: Content, picture: str | None = None) -> list[str]:
 
 def scaling(content: Content, picture: str | None = None) -> list[str]:
     """Lay out how the cost grows with images, pixels and ranks, and what more ranks would give."""
-    lines = []
+    lines, left_out = [], []
     for curve in content["curves"]:
+        name = f"{curve['way']}, over {curve['over']}"
+        if "not_run" in curve:
+            lines.append([name, f"not run: {curve['not_run']}", "", "", ""])
+            continue
+        left_out += [f"Left out of {name}: {size} ({why})." for size, why in curve.get("left_out", {}).items()]
         smallest, largest = curve["points"][0], curve["points"][-1]
         fixed, each = (curve["memory"][part] / 2**20 for part in ("fixed_bytes", "bytes_each"))
         lines.append(
             [
-                f"{curve['way']}, over {curve['over']}",
+                name,
                 f"{smallest['size']} to {largest['size']}",
                 f"{smallest['median_ms']:.4g} to {largest['median_ms']:.4g}",
                 f"{curve['exponent']:.2f}",
@@ -256,6 +261,7 @@ def scaling(content: Content, picture: str | None = None) -> list[str]:
         f"A step of the loss of {title(content['configuration'])}; {_machine(content)}; "
         "`python benchmarks/scaling.py`. Time grows as size^exponent.",
         markdown_table(["", "size", "ms", "exponent", "MiB"], lines),
+        *left_out,
         *_picture("Time of a step over batch and image size", picture),
         *_processes(content["processes"]),
     ]

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from bundles import load_tapped, make_bundle, workplace
 from configurations import CONFIGURATIONS
-from machine import build, describe, reason
+from machine import build, describe, eager_fp32, reason
 from nafnet import WideRestorationNetwork
 from perceptual import PerceptualLoss
 from timing import interleaved
@@ -66,7 +66,7 @@ class Setting:
         rows: dict[str, Callable[[], Loss]] = {
             NONE: lambda: lambda restored, _: torch.zeros((), device=restored.device),
             "perceptual, VGG-16 as in LPIPS": lambda: PerceptualLoss().to(self.device),
-            "DiffLoss, eager PyTorch": self.eager,
+            eager_fp32("DiffLoss, eager PyTorch", self.device): self.eager,
         }
         for backend, precision in OURS[self.device.type]:
             rows[f"DiffLoss, diffloss-trt {backend}, {precision}"] = functools.partial(self.ours, backend, precision)

@@ -33,13 +33,13 @@ def check_weight(name: str, value: Any) -> float:
 
     A weight that is halved again and again is not rounded to zero, which would leave its term out.
     """
-    weight = _check_number(name, value)
+    weight = check_number(name, value)
     if not 0 <= weight <= torch.finfo(torch.float32).max:
         raise InputError(f"{name} is {value}; expected a finite number >= 0 that float32 holds")
     return max(weight, LEAST_WEIGHT) if weight else 0.0
 
 
-def _check_number(name: str, value: Any) -> float:
+def check_number(name: str, value: Any) -> float:
     """Check a real number, which a bool is not; what no float holds is infinite."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InputTypeError(f"{name} is {value!r}, a {type(value).__name__}; expected a number")
@@ -53,7 +53,7 @@ def check_range(name: str, value: Any) -> tuple[float, float]:
     """Check a range of pixels; return it as (low, high)."""
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
         raise InputTypeError(f"{name} is {value!r}; expected (low, high), such as (0.0, 1.0)")
-    low, high = (_check_number(f"a bound of {name}", bound) for bound in value)
+    low, high = (check_number(f"a bound of {name}", bound) for bound in value)
     if not 0 < high - low < math.inf:
         raise InputError(f"{name} is ({low}, {high}); expected finite bounds with low < high")
     return low, high
@@ -67,16 +67,24 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
-def _check_integer(name: str, value: Any, least: int) -> int | None:
-    """Check an integer of 63 bits, NumPy's among them, or None."""
-    if value is None:
-        return None
+def check_integer(name: str, value: Any, least: int = -(2**63), otherwise: str = "") -> int:
+    """Check an integer that int64 holds, NumPy's among them; `otherwise` says what else may be passed."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise InputTypeError(f"{name} is a {type(value).__name__}; expected an integer, or None")
+        raise InputTypeError(f"{name} is a {type(value).__name__}; expected an integer{otherwise}")
     number = int(value)
     if not least <= number < 2**63:
-        raise InputError(f"{name} is {number}; expected {least} to 2**63 - 1, or None")
+        raise InputError(f"{name} is {number}; expected {least} to 2**63 - 1{otherwise}")
     return number
+
+
+def _check_optional_integer(name: str, value: Any, least: int) -> int | None:
+    return None if value is None else check_integer(name, value, least, ", or None")
+
+
+def check_steps(steps: Any) -> None:
+    """Check the number of steps over which something changes."""
+    if not 1 <= check_number("steps", steps) < math.inf:  # NaN neither
+        raise InputError(f"steps is {steps}; expected a finite number of at least 1")
 
 
 # The settings of a DiffLoss: each raises for what cannot be used, and returns what is kept.
@@ -85,9 +93,9 @@ SETTINGS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
     "semantic_weight": check_weight,
     "reduction": functools.partial(check_choice, choices=("mean", "none")),
     "value_range": check_range,
-    "seed": functools.partial(_check_integer, least=0),
+    "seed": functools.partial(_check_optional_integer, least=0),
     "nonfinite": functools.partial(check_choice, choices=("error", "skip")),
-    "check_every": functools.partial(_check_integer, least=1),
+    "check_every": functools.partial(_check_optional_integer, least=1),
 }
 
 

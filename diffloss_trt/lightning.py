@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from diffloss_engine.errors import InputError
+from diffloss_engine.errors import InputError, MissingPackageError
 from diffloss_trt.objective import Terms
 
 if TYPE_CHECKING:
@@ -18,12 +18,12 @@ def log_terms(key: str = "diffloss") -> Callback:
     The module's `training_step` returns what `DiffLoss.terms` has returned beside its loss:
     `{"loss": loss, "diffloss": terms}`. It is logged as `diffloss/total`, `diffloss/naturalness`, `diffloss/semantic`.
 
-    Raises InputError if Lightning is not installed, and in the training if the terms are not returned under `key`.
+    Raises MissingPackageError without Lightning, and InputError in the training if `key` does not hold the terms.
     """
     try:
         from lightning.pytorch.callbacks import Callback
     except ImportError as error:
-        raise InputError(
+        raise MissingPackageError(
             f"the callback is Lightning's, which cannot be imported ({error}): install 'lightning'"
         ) from error
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diffloss_engine.errors import InputError, InputTypeError
+from diffloss_trt.inputs import check_integer, check_steps
+from diffloss_trt.opening import choose_device
 from diffloss_trt.schedule import NoiseSchedule
 
 # Weights [T], in any unit, of the timesteps: the same at every step of the training, or by its step.
@@ -30,7 +32,7 @@ class TimestepSampler:
         device: where the timesteps shall be: the loss's.
 
     Raises InputError, when made and at each draw, for a density that cannot be drawn from; InputTypeError for what is
-    no density or no generator.
+    no density or no generator; and as `DiffLoss.load` does for a device that there is not.
     """
 
     def __init__(
@@ -50,13 +52,16 @@ class TimestepSampler:
         self.density = density
         self.low_discrepancy = low_discrepancy
         self.generator = generator
-        self.device = device
+        self.device = choose_device(device)
         self._distribution(0)
 
-    def __call__(self, batch: int, step: int = 0) -> Tensor:
-        """Return integers [batch] in [0, T), in random order; `step`, of the training, is for `Annealed` densities."""
-        if batch < 1:
-            raise InputError(f"batch is {batch}; expected at least 1")
+    def __call__(self, batch: int, step: int | None = None) -> Tensor:
+        """Return integers [batch] in [0, T), in random order.
+
+        `step`, of the training, is for a density that changes with it, as `Annealed` does: InputError without.
+        """
+        check_integer("batch", batch, 1)
+        distribution = self._distribution(step)
         place = self.generator.device if self.generator is not None else None
         level = torch.rand(
             1 if self.low_discrepancy else batch, generator=self.generator, device=place, dtype=torch.float64
@@ -65,18 +70,29 @@ class TimestepSampler:
             level = (torch.randperm(batch, generator=self.generator, device=place) + level) / batch
         # Rounding may bring the last share's level to 1, at which no timestep is left.
         level = level.cpu().clamp(max=1 - 2**-53)
-        return torch.searchsorted(self._distribution(step), level, right=True).to(self.device)
+        return torch.searchsorted(distribution, level, right=True).to(self.device)
 
-    def _distribution(self, step: int) -> Tensor:
+    def _distribution(self, step: int | None) -> Tensor:
         """Return the share of the density up to and with each timestep, [T], rising to exactly 1."""
-        density = self.density if isinstance(self.density, Tensor) else self.density(step)
+        if step is not None:
+            check_integer("step", step, otherwise=", or None")
+        if isinstance(self.density, Tensor):
+            density = self.density
+        elif step is None:
+            raise InputError("step is None; expected the training's, with which this density changes: (batch, step)")
+        else:
+            density = self.density(step)
         cumulative = _checked(density).cumsum(0)
         return cumulative / cumulative[-1]
 
 
 def uniform_range(schedule: NoiseSchedule, low: int = 0, high: int | None = None) -> Tensor:
-    """Return the density, [T], that is the same for all timesteps in [low, high); by default for all there are."""
-    return _inside(torch.ones(len(schedule), dtype=torch.float64), (low, len(schedule) if high is None else high))
+    """Return the density, [T], that is the same for all timesteps in [low, high); by default for all there are.
+
+    Raises InputError for a range outside of the schedule, InputTypeError for bounds that are no integers.
+    """
+    bounds = check_integer("low", low), len(schedule) if high is None else check_integer("high", high)
+    return _inside(torch.ones(len(schedule), dtype=torch.float64), bounds)
 
 
 def balanced(snr: Tensor) -> Tensor:
@@ -99,7 +115,7 @@ class Annealed:
     """A density whose range moves, timestep by timestep, from [low, high) `start` to `end` in `steps` training steps.
 
     What is left of `density` [T] in the range keeps its proportions. Raises InputError for a range outside of the
-    schedule or without density.
+    schedule or without density, InputTypeError for what is no density, no range of integers or no number of steps.
     """
 
     density: Tensor
@@ -108,8 +124,13 @@ class Annealed:
     steps: int
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"steps is {self.steps}; expected at least 1")
+        check_steps(self.steps)
+        _checked(self.density)
+        for name, bounds in (("start", self.start), ("end", self.end)):
+            if not isinstance(bounds, Sequence) or isinstance(bounds, str) or len(bounds) != 2:
+                raise InputTypeError(f"{name} is {bounds!r}; expected (low, high)")
+            for bound in bounds:
+                check_integer(f"a bound of {name}", bound)
         for step in (0, self.steps):
             _checked(self(step))
 

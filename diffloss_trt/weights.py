@@ -4,7 +4,7 @@
     loss_fn.naturalness_weight = schedule(step)
 
 A weight that is not zero must not start at zero, not even for one step: without a term, another graph is run, which has
-to be loaded, and with TensorRT built.
+to be loaded, and with TensorRT built. Before step 0 a weight is what it is at step 0: `schedule(step - delay)`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from diffloss_engine.errors import InputError
-from diffloss_trt.inputs import check_weight
+from diffloss_trt.inputs import check_steps, check_weight
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,10 @@ class WarmUp:
 
     def __post_init__(self) -> None:
         check_weight("weight", self.weight)
-        _check_steps(self.steps)
+        check_steps(self.steps)
 
     def __call__(self, step: int) -> float:
-        return self.weight * min(1.0, (step + 1) / self.steps)
+        return self.weight * min(1.0, (max(step, 0) + 1) / self.steps)
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,8 @@ class Cosine:
     def __post_init__(self) -> None:
         check_weight("start", self.start)
         check_weight("end", self.end)
-        _check_steps(self.steps)
+        check_steps(self.steps)
 
     def __call__(self, step: int) -> float:
-        done = min(1.0, step / self.steps)
+        done = min(max(step / self.steps, 0.0), 1.0)
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * done)) / 2
-
-
-def _check_steps(steps: int) -> None:
-    if not steps >= 1:  # NaN too
-        raise InputError(f"steps is {steps}; expected at least 1")

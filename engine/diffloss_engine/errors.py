@@ -38,6 +38,10 @@ class ParityError(DiffLossError, ArithmeticError):
     """A graph's values or gradients differ from eager PyTorch by more than the tolerance."""
 
 
+class MissingPackageError(DiffLossError, ImportError):
+    """A package that is installed only for what was asked for, such as a picture, cannot be imported."""
+
+
 class BackendUnavailableError(DiffLossError, RuntimeError):
     """The backend asked for cannot run here: package, device, kernel or graph is missing."""
 

@@ -71,6 +71,11 @@ def fp32_settings(library: str) -> dict[str, str]:
     return {operation: _read((of, operation)) for of, operation in _SETTINGS if of == library}
 
 
+def rounds_convolutions(device: torch.device) -> bool:
+    """Whether PyTorch rounds to TF32 now what it convolves in float32 on `device`."""
+    return device.type == "cuda" and fp32_settings("cuda")["conv"] == "tf32"
+
+
 def _read(setting: tuple[str, str]) -> str:
     found: str = _C._get_fp32_precision_getter(*setting)
     return found

@@ -32,7 +32,7 @@ def check_compiler() -> None:
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
-        raise BackendUnavailableError(f"inductor cannot compile here: {str(error).splitlines()[0]}") from error
+        raise BackendUnavailableError(f"inductor cannot compile here: {first_line(error)}") from error
 
 
 def compile_program(program: nn.Module, inputs: Sequence[Tensor]) -> bytes:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import first_line
+from diffloss_engine.fp32_precision import rounds_convolutions
 from diffloss_trt import DiffLoss
 from diffloss_trt.contract import PRECISIONS, read_schedule
 from diffloss_trt.evaluators import EagerEvaluator
@@ -29,7 +30,11 @@ _COMPILED = "torch.compile"
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One way to compute value and gradient of one batch; `peak_memory_bytes` is what it takes beyond weights."""
+    """One way to compute value and gradient of one batch.
+
+    `peak_memory_bytes` is what it takes beyond weights; None where that is not known, as of ONNX Runtime's own memory
+    on a GPU.
+    """
 
     name: str
     median_ms: float
@@ -64,7 +69,7 @@ def bench_bundle(
             del steps[name]
             notes.append(f"{name} is left out: {first_line(error)}")
     times: dict[str, list[float]] = {name: [] for name in steps}
-    peaks = {name: _peak_memory(step, device) for name, step in steps.items()}
+    peaks = {name: _peak_memory(step, device) if _tells(name, device) else None for name, step in steps.items()}
     for round_number in range(_ROUNDS):
         on_stage(f"round {round_number + 1} of {_ROUNDS}")
         for name, step in steps.items():
@@ -73,8 +78,9 @@ def bench_bundle(
             step()
             _wait(device)
             times[name].append((time.perf_counter() - start) * 1e3)
+    eager = eager_name(device)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    rows = [BenchRow(name, medians[name], medians[EAGER] / medians[name], peaks[name]) for name in steps]
+    rows = [BenchRow(name, medians[name], medians[eager] / medians[name], peaks[name]) for name in steps]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {"device": name, "torch": torch.__version__, "rows": [asdict(row) for row in rows], "notes": notes}
 
@@ -116,10 +122,20 @@ def _steps(
     compiled.features = torch.compile(compiled.features)  # type: ignore[method-assign]
     ours = DiffLoss.load(bundle.path, backend=backend, device=device, value_range=(-1.0, 1.0))
     return {
-        EAGER: step(eager_loss(eager)),
+        eager_name(device): step(eager_loss(eager)),
         f"{_COMPILED} {str(dtype).removeprefix('torch.')}": step(eager_loss(compiled)),
         f"diffloss-trt {ours.evaluator.backend}, {ours.evaluator.backward}, {bundle.precision}": step(ours),
     }
+
+
+def eager_name(device: torch.device) -> str:
+    """Return what the row of eager PyTorch is called: on a GPU its fp32 is not what it says (see docs/gpu.md)."""
+    return f"{EAGER}, convolutions in TF32" if rounds_convolutions(device) else EAGER
+
+
+def _tells(name: str, device: torch.device) -> bool:
+    """Whether PyTorch knows what a way's step takes; on a GPU ONNX Runtime allocates for itself, and keeps it."""
+    return device.type != "cuda" or "onnxruntime" not in name
 
 
 def _wait(device: torch.device) -> None:

@@ -96,7 +96,7 @@ def export_bundle(
         reports: list[Report] = []
 
         def check(bundle: Bundle) -> None:
-            reports.append(verify_bundle(bundle, reference=reference, on_stage=on_stage))
+            reports.append(verify_bundle(bundle, device="cpu", reference=reference, on_stage=on_stage))
             if model.schedule.prediction_type == "sample" and precision != "fp32":
                 reports[0].notes.append(_SAMPLE_NOTE.format(precision=precision))
             reports[0].raise_for_failure()

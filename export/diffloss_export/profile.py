@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import InputError
+from diffloss_engine.errors import InputError, MissingPackageError
 from diffloss_engine.plan_cache import PlanCache
 from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour
 from diffloss_engine.trt_profile import Profile, import_driver, largest, profile_plan
@@ -67,7 +67,7 @@ def to_json(profiles: dict[str, Profile]) -> dict[str, Any]:
 def draw(profiles: dict[str, Profile], picture: Path) -> None:
     """Draw a bar for each of the slowest layers of each graph.
 
-    Raises InputError without matplotlib, and as `write_picture` does.
+    Raises MissingPackageError without matplotlib, and as `write_picture` does.
     """
     figure_class = import_figure()
     figure = figure_class(figsize=(10, 4.5 * len(profiles)), layout="constrained")
@@ -82,18 +82,18 @@ def draw(profiles: dict[str, Profile], picture: Path) -> None:
 
 
 def check_output(path: Path, bundle: Bundle) -> None:
-    """Raise InputError if no picture can be drawn to `path`."""
+    """Raise InputError if no picture can be drawn to `path`, and as `import_figure` does."""
     if path.suffix[1:].lower() not in import_figure()().canvas.get_supported_filetypes():
         raise InputError(f"{path} does not end like a picture, such as .png")
     check_place(path, bundle)
 
 
 def import_figure() -> Any:
-    """Return matplotlib's class of figures. Raises InputError if it is not installed."""
+    """Return matplotlib's class of figures. Raises MissingPackageError if it is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError(
+        raise MissingPackageError(
             f"a picture is drawn with matplotlib, which cannot be imported ({error}): install '.[profile]'"
         ) from error
     return Figure

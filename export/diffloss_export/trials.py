@@ -26,6 +26,7 @@ def try_torch() -> dict[str, Any]:
     """Look for GPUs, and at the processor; `cuda_error` says why a PyTorch that is built for CUDA finds no GPU."""
     import torch
 
+    from diffloss_engine.errors import first_line
     from diffloss_engine.inductor import has_bfloat16
 
     cuda_error = None
@@ -33,7 +34,7 @@ def try_torch() -> dict[str, Any]:
         try:
             torch.cuda.init()
         except (RuntimeError, AssertionError) as error:
-            cuda_error = str(error).splitlines()[0]
+            cuda_error = first_line(error)
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     finds = {
         "cuda": torch.version.cuda,

@@ -25,6 +25,7 @@ from diffloss_export.reference import Reference
 from diffloss_export.widened import widened_specs, write_widened
 from diffloss_trt.contract import PRECISIONS, check_graphs
 from diffloss_trt.evaluators import FusedEvaluator, RecomputeEvaluator
+from diffloss_trt.opening import choose_device
 from diffloss_trt.probe import CHECK_WEIGHTS, Result, deviations, held_to, run_evaluator, run_gradient, worst_ratio
 from diffloss_trt.tolerances import DIFFERENCE, FEATURE, PLAIN, PLAIN_DB, PLAIN_PLACES, Tolerance
 
@@ -87,17 +88,18 @@ def verify_bundle(
     bundle: Bundle,
     *,
     backend: str = "auto",
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     reference: Reference | None = None,
     on_stage: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Compare each graph's outputs, the loss and its gradient among them, with float64 eager PyTorch.
 
     The reference is by default the bundle's own UNet, its stored weights widened; it is released when it has been
-    asked. Images are synthetic, from a fixed seed. The loss is also computed with `backward="recompute"`. Raises as
-    `DiffLoss.load` does; a difference beyond its tolerance is in the report, and `raise_for_failure` raises it.
+    asked. `device` is by default the GPU if there is one. Images are synthetic, from a fixed seed. The loss is also
+    computed with `backward="recompute"`. Raises as `DiffLoss.load` does; a difference beyond its tolerance is in the
+    report, and `raise_for_failure` raises it.
     """
-    device = torch.device(device)
+    device = choose_device(device)
     if backend == "inductor":
         compiled_graphs(bundle)  # raises if there are none
     on_stage("checking hashes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import scaling
 import torch
 from loss_step import describe_work, expected_gradients
+from machine import describe
 from nafnet import WideRestorationNetwork
 from perceptual import PerceptualLoss
 from report import ROOT, make_report
@@ -20,6 +23,8 @@ from timing import Timing, interleaved
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from ways import Setting, make_images, ways
+
+from diffloss_trt import DiffLoss
 
 CPU = torch.device("cpu")
 
@@ -57,6 +62,34 @@ def test_the_perceptual_loss_is_zero_for_equal_images_alone_and_has_a_gradient()
     assert value != 0
     assert restored.grad is not None
     assert restored.grad.norm() > 0
+
+
+class WithoutBundles(scaling.Setting):
+    """Ours on eager PyTorch too, for which nothing is exported."""
+
+    def loss(self, point: scaling.Point) -> DiffLoss:
+        return super().loss(dataclasses.replace(point, way=scaling.EAGER))
+
+
+def test_a_size_that_cannot_be_run_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without the processes that measure memory.
+    monkeypatch.setattr(scaling, "build", lambda make, _: (make(), 2**20))
+    too_many = 10**12  # images: more bytes than there are addresses
+    curves = scaling.measure_sizes(WithoutBundles(tmp_path, "tiny", CPU), (1, 2, too_many), (16,), rounds=2)
+    assert [curve["way"] for curve in curves] == [scaling.EAGER] * 2 + ["diffloss-trt, torch, fp32"] * 2
+    for curve in curves:
+        if curve["over"] == "images":
+            assert [point["size"] for point in curve["points"]] == [1, 2]
+            assert curve["left_out"].keys() == {str(too_many)}
+            assert "RuntimeError: " in curve["left_out"][str(too_many)]
+        else:
+            assert curve["not_run"] == "a curve needs two sizes"
+    result = {**describe(), "configuration": "tiny", "curves": curves, "processes": {"not_run": "of one"}}
+    report = make_report({"scaling-cpu": result})
+    assert "| not run: a curve needs two sizes" in report.text
+    assert f"Left out of {scaling.EAGER}, over images: {too_many} (RuntimeError: " in report.text
+    (picture,) = report.pictures
+    picture.draw()
 
 
 def test_eager_steps_are_right_and_half_precision_is_not(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ def test_one_root_catches_every_error(kind: type[Exception]) -> None:
         (errors.BundleError, ValueError),
         (errors.IntegrityError, errors.BundleError),
         (errors.ParityError, ArithmeticError),
+        (errors.MissingPackageError, ImportError),
         (errors.BackendUnavailableError, RuntimeError),
         (errors.BackendError, RuntimeError),
     ],

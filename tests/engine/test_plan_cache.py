@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -223,25 +225,37 @@ def test_a_plan_that_cannot_be_kept_is_used(
     assert "No space left" in caplog.text
 
 
-def ask(folder: Path, number: int) -> None:
+def ask(folder: Path, built: Queue[None], waiting: Queue[None], go_on: Event) -> None:
     def build() -> bytes:
-        with (folder.parent / "built").open("a") as file:
-            file.write(f"{number}\n")
-        time.sleep(0.5)
+        built.put(None)
+        assert go_on.wait(120)
         return PLAN
 
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            assert "waiting for it" in record.getMessage()
+            waiting.put(None)
+
+    plan_cache = logging.getLogger("diffloss_engine.plan_cache")
+    plan_cache.setLevel(logging.INFO)
+    plan_cache.addHandler(Handler())
     assert PlanCache(folder).get(KEY, build) == PLAN
 
 
 def test_processes_that_want_the_same_plan_build_it_once(cache: PlanCache) -> None:
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=ask, args=(cache.folder, number)) for number in range(3)]
+    built, waiting, go_on = context.Queue(), context.Queue(), context.Event()
+    processes = [context.Process(target=ask, args=(cache.folder, built, waiting, go_on)) for _ in range(2)]
     for process in processes:
         process.start()
+    # One builds, and is not done before the other has found the lock taken.
+    for queue in (built, waiting):
+        queue.get(timeout=120)
+    go_on.set()
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    assert len((cache.folder.parent / "built").read_text().splitlines()) == 1
+    assert built.empty()
 
 
 def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:

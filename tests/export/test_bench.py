@@ -57,6 +57,19 @@ def test_a_compiler_that_fails_costs_its_row_alone(
     assert f"note: {note}" in capsys.readouterr().out
 
 
+def test_on_a_gpu_rows_claim_no_more_than_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("diffloss_engine.fp32_precision.fp32_settings", lambda _: {"conv": "tf32"})
+    assert bench.eager_name(CPU) == bench.EAGER
+    assert bench.eager_name(gpu) == "eager PyTorch fp32, convolutions in TF32"
+    monkeypatch.setattr("diffloss_engine.fp32_precision.fp32_settings", lambda _: {"conv": "ieee"})
+    assert bench.eager_name(gpu) == bench.EAGER
+    for backend in ("onnxruntime", "onnxruntime-tensorrt"):
+        assert bench._tells(f"diffloss-trt {backend}, fused, fp32", CPU)
+        assert not bench._tells(f"diffloss-trt {backend}, fused, fp32", gpu)
+    assert bench._tells("diffloss-trt tensorrt, fused, fp16", gpu)
+
+
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is told by Linux alone")
 def test_peak_memory_is_that_of_the_step() -> None:
     size = 64 * 2**20

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -198,10 +197,8 @@ def test_help_and_wrong_options_do_not_wait_for_torch() -> None:
         "    with contextlib.suppress(SystemExit): main(arguments)\n"
         "sys.exit(bool({'torch', 'diffusers', 'onnx', 'rich', 'numpy'} & sys.modules.keys()))"
     )
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < 5
     assert "onnx" in done.stdout
     assert "--precision" in done.stdout
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnxruntime
@@ -18,8 +19,9 @@ import pytest
 import torch
 
 from diffloss_engine.bundle import MANIFEST
-from diffloss_export.doctor import advise, print_report
-from diffloss_trt import DiffLoss
+from diffloss_export.doctor import ORDER, advise, print_report
+from diffloss_export.trials import try_torch
+from diffloss_trt import DiffLoss, opening
 from exports import Exported
 
 Report = dict[str, Any]
@@ -46,6 +48,14 @@ def test_report_of_this_machine(examined: Report) -> None:
     for backend in backends.values():
         assert backend["reason"] or len(backend["precisions"]) == 3
     assert examined["advice"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_order_is_that_of_auto(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written twice, because the report has to come where torch is broken."""
+    monkeypatch.setattr(opening, "has_bfloat16", lambda _: True)
+    bundle: Any = SimpleNamespace(precision="bf16")  # for which a CPU compiles too
+    assert opening._fastest_first(bundle, torch.device(device), fused=True) == ORDER[device]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
@@ -97,6 +107,16 @@ def test_report_in_words(examined: Report, capsys: pytest.CaptureFixture[str]) -
     out = " ".join(capsys.readouterr().out.split())
     assert "This bundle: no [such] bundle" in out
     assert "name RTX 4090, driver 580.95" in out
+
+
+def test_a_gpu_that_fails_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    assert try_torch()["finds"]["cuda_error"] == "RuntimeError"
 
 
 BROKEN = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from diffloss_engine.errors import InputError
+from diffloss_engine.errors import InputError, MissingPackageError
 from diffloss_engine.trt_profile import Profile
 from diffloss_export.cli import main
 from diffloss_export.profile import draw, to_json
@@ -62,6 +63,13 @@ def test_pictures_that_cannot_be_drawn(
     ):
         assert main(["profile", str(bundle), "-o", str(path)]) == 2
         assert message in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        assert main(["profile", str(bundle), "-o", str(tmp_path / "profile.png")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("diffloss-export: a picture is drawn with matplotlib, which cannot be imported")
+        with pytest.raises(MissingPackageError, match=r"install '\.\[profile\]'"):
+            draw(PROFILES, tmp_path / "profile.png")
     folder = tmp_path / "folder.png"
     folder.mkdir()
     with pytest.raises(InputError, match=r"folder\.png cannot be written"):

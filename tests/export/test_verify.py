@@ -40,7 +40,7 @@ def failed(report: Report) -> set[str]:
 
 @pytest.mark.parametrize("backend", ["auto", "onnxruntime", "torch"])
 def test_every_backend_agrees_with_float64(bundle: Bundle, backend: str) -> None:
-    report = verify_bundle(bundle, backend=backend)
+    report = verify_bundle(bundle, backend=backend, device="cpu")
     report.raise_for_failure()
     assert report.backend == ("torch" if backend == "torch" else "onnxruntime")
     # Where the loss runs no graphs, the graphs are replayed all the same, and what it runs instead.
@@ -57,7 +57,7 @@ def test_the_program_that_torch_runs_is_checked(bundle: Bundle, monkeypatch: pyt
         tape, x, groups, gain * 1.01, *more, **options
     ))  # fmt: skip
     program = {f"{name}, run by torch" for name in (GRADIENT, SEMANTIC_GRADIENT)}
-    assert failed(verify_bundle(bundle, backend="torch")) == program
+    assert failed(verify_bundle(bundle, backend="torch", device="cpu")) == program
 
 
 def test_errors_are_of_the_size_of_the_precision(exported: Callable[..., Exported]) -> None:
@@ -93,7 +93,7 @@ def test_graph_that_disagrees_with_the_unet_fails(
     rehash(folder)
     bundle = Bundle.open(folder)
     bundle.verify_hashes()
-    report = verify_bundle(bundle)
+    report = verify_bundle(bundle, device="cpu")
     # The graph itself, and not the other one; the loss too, unless it runs without the graphs.
     assert graph in failed(report)
     assert {ENCODER, NOISE_HEAD} - {graph} <= {row.check for row in report.rows} - failed(report)
@@ -107,7 +107,7 @@ def test_unet_that_disagrees_with_the_graphs_fails(copied: Callable[..., Path], 
     folder = copied()
     edit_json(folder / UNET_CONFIG, lambda config: config.update(change))
     rehash(folder)
-    report = verify_bundle(Bundle.open(folder))
+    report = verify_bundle(Bundle.open(folder), device="cpu")
     assert {ENCODER, NOISE_HEAD, GRADIENT, SEMANTIC_GRADIENT, "recomputed loss"} <= failed(report)
 
 
@@ -117,7 +117,7 @@ def test_schedule_that_disagrees_with_the_graph_fails(copied: Callable[..., Path
         folder / SCHEDULE, lambda schedule: schedule.update(alphas_cumprod=[a**2 for a in schedule["alphas_cumprod"]])
     )
     rehash(folder)
-    assert NOISE_HEAD in failed(verify_bundle(Bundle.open(folder)))
+    assert NOISE_HEAD in failed(verify_bundle(Bundle.open(folder), device="cpu"))
 
 
 def test_graph_of_another_prediction_type_is_named(copied: Callable[..., Path]) -> None:
@@ -126,7 +126,7 @@ def test_graph_of_another_prediction_type_is_named(copied: Callable[..., Path]) 
     edit_json(folder / MANIFEST, lambda manifest: manifest["unet"].update(prediction_type="epsilon"))
     rehash(folder)
     with pytest.raises(BundleError, match=r"the noise_head graph takes .*'noisy', 'timesteps'.*UNet and schedule"):
-        verify_bundle(Bundle.open(folder))
+        verify_bundle(Bundle.open(folder), device="cpu")
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
@@ -139,7 +139,7 @@ def test_bundle_without_a_graph_is_refused(copied: Callable[..., Path], backend:
 
     edit_json(folder / "manifest.json", forget)
     with pytest.raises(BundleError, match="no graph 'noise_head'"):
-        verify_bundle(Bundle.open(folder), backend=backend)
+        verify_bundle(Bundle.open(folder), backend=backend, device="cpu")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -158,7 +158,7 @@ def test_graph_that_returns_no_number_fails(copied: Callable[..., Path], value: 
     model.graph.node.append(helper.make_node("Add", ["finite", "spoiled"], ["bottleneck"]))
     path.write_bytes(model.SerializeToString())
     rehash(folder)
-    report = verify_bundle(Bundle.open(folder))
+    report = verify_bundle(Bundle.open(folder), device="cpu")
     (row,) = (row for row in report.rows if (row.check, row.quantity) == (ENCODER, "bottleneck"))
     assert row.error == math.inf
     assert report.worst.error == math.inf
@@ -173,7 +173,7 @@ def test_altered_file_fails_before_anything_is_run(copied: Callable[..., Path]) 
     (folder / UNET_WEIGHTS).write_bytes(content)
     stages: list[str] = []
     with pytest.raises(IntegrityError, match="was altered"):
-        verify_bundle(Bundle.open(folder), on_stage=stages.append)
+        verify_bundle(Bundle.open(folder), on_stage=stages.append, device="cpu")
     assert stages == ["checking hashes"]
 
 

@@ -292,26 +292,6 @@ def test_a_cache_of_tomorrow(tmp_path: Path) -> None:
     assert bytes(cache.get(key, lambda: b"another")) == b"another"
 
 
-BUILDER = """
-import sys, time
-from pathlib import Path
-from diffloss_engine.plan_cache import PlanCache
-def build():
-    print("built", flush=True)
-    time.sleep(0.5)
-    return b"plan"
-assert bytes(PlanCache(Path(sys.argv[1])).get({"number": 1}, build)) == b"plan"
-"""
-
-
-def test_two_builds_into_one_place_build_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", BUILDER, str(tmp_path / "plans")]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    said = "".join(process.communicate()[0] for process in processes)
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    assert said == "built\n"
-
-
 def test_small_disk(export: Popen, small_disk: Callable[[str], Path]) -> None:
     """A whole bundle does not fit, and nothing is left of it; nor does a plan, and it is used all the same."""
     disk = small_disk("size=300k")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -39,9 +40,10 @@ WEIGHTS = (1e-3, 1e-6)
 
 @pytest.fixture(scope="module", autouse=True)
 def plans(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Keep what is built in a cache of these tests' own."""
+    """Keep what is built in $DIFFLOSS_CACHE, or else in a cache of these tests' own, never in the user's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DIFFLOSS_CACHE", str(tmp_path_factory.mktemp("plans")))
+        if not os.environ.get("DIFFLOSS_CACHE"):
+            patch.setenv("DIFFLOSS_CACHE", str(tmp_path_factory.mktemp("plans")))
         yield
 
 

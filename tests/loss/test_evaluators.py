@@ -281,7 +281,7 @@ def test_names_that_were_not_agreed_on(exported: Exported, tmp_path: Path, graph
         with pytest.raises(BundleError, match=said):
             DiffLoss.load(folder, backend, "cpu", backward=backward)
     with pytest.raises(BundleError, match=said):
-        verify_bundle(Bundle.open(folder))
+        verify_bundle(Bundle.open(folder), device="cpu")
 
 
 @pytest.mark.parametrize(

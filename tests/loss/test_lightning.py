@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from diffloss_engine.errors import InputError
+from diffloss_engine.errors import InputError, MissingPackageError
 from diffloss_trt import DiffLoss, NoiseSchedule, Terms
 from diffloss_trt.lightning import log_terms
 
@@ -97,5 +97,5 @@ def test_terms_that_are_not_returned_are_missed(
 
 def test_without_lightning_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightning.pytorch.callbacks", None)
-    with pytest.raises(InputError, match=r"Lightning's, which cannot be imported .*: install 'lightning'"):
+    with pytest.raises(MissingPackageError, match=r"Lightning's, which cannot be imported .*: install 'lightning'"):
         log_terms()

@@ -19,7 +19,9 @@ SCHEDULE = make_schedule()
 COUNT = len(SCHEDULE)
 
 
-def draw(density: Density, batch: int = 50, batches: int = 400, step: int = 0, low_discrepancy: bool = False) -> Tensor:
+def draw(
+    density: Density, batch: int = 50, batches: int = 400, step: int | None = None, low_discrepancy: bool = False
+) -> Tensor:
     """Return [batches, batch] timesteps of one seeded sampler."""
     sampler = TimestepSampler(density, low_discrepancy=low_discrepancy, generator=torch.Generator().manual_seed(0))
     return torch.stack([sampler(batch, step) for _ in range(batches)])
@@ -112,7 +114,7 @@ def test_annealing_narrows_the_range_with_the_step() -> None:
         assert torch.equal(density(step), expected)
         assert has_density(draw(density, step=step), expected)
     assert not has_density(draw(density, step=500), uniform_range(SCHEDULE))
-    assert not has_density(draw(density), density(500))
+    assert not has_density(draw(density, step=0), density(500))
 
 
 def test_annealing_keeps_proportions_inside_the_range() -> None:
@@ -164,7 +166,10 @@ def test_timesteps_are_where_the_loss_is() -> None:
         partial(Annealed, uniform_range(SCHEDULE), (0, COUNT), (0, 10), 0),
         partial(Annealed, uniform_range(SCHEDULE), (0, COUNT), (0, 0), 5),
         partial(Annealed, uniform_range(SCHEDULE, 500), (0, COUNT), (0, 100), 5),
+        partial(Annealed, uniform_range(SCHEDULE), (0, COUNT), (0, 10), math.inf),  # type: ignore[arg-type]
         lambda: TimestepSampler(uniform_range(SCHEDULE))(0),
+        partial(TimestepSampler, uniform_range(SCHEDULE), device="bogus"),
+        partial(TimestepSampler, uniform_range(SCHEDULE), device="meta"),
     ],
 )
 def test_what_cannot_be_drawn_from(make: Callable[[], object]) -> None:
@@ -179,3 +184,31 @@ def test_what_is_no_density_or_generator_is_named() -> None:
         TimestepSampler(lambda _: [1.0, 2.0])  # type: ignore[arg-type, return-value]
     with pytest.raises(InputTypeError, match=r"generator is a int; expected a torch\.Generator"):
         TimestepSampler(torch.ones(3), generator=0)  # type: ignore[arg-type]
+
+
+def test_a_density_that_changes_is_not_drawn_from_without_a_step() -> None:
+    sampler = TimestepSampler(Annealed(uniform_range(SCHEDULE), (0, COUNT), (0, 10), 5))
+    with pytest.raises(InputError, match="step is None; expected the training's"):
+        sampler(2)
+    assert sampler(2, 5).max() < 10
+    assert TimestepSampler(uniform_range(SCHEDULE))(2, 5).shape == (2,)  # as a loop that is written for both does
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: TimestepSampler(uniform_range(SCHEDULE))(2.5), "batch is a float"),  # type: ignore[arg-type]
+        (lambda: TimestepSampler(uniform_range(SCHEDULE))("a"), "batch is a str"),  # type: ignore[arg-type]
+        (lambda: TimestepSampler(uniform_range(SCHEDULE))(2, "a"), "step is a str"),  # type: ignore[arg-type]
+        (partial(Annealed, [1, 2], (0, 2), (0, 1), 5), "a density over timesteps is a list"),  # type: ignore[arg-type]
+        (partial(Annealed, uniform_range(SCHEDULE), (0, 2), (0, 1), "x"), "steps is 'x', a str"),  # type: ignore[arg-type]
+        (partial(Annealed, uniform_range(SCHEDULE), 5, (0, 1), 5), r"start is 5; expected \(low, high\)"),  # type: ignore[arg-type]
+        (partial(Annealed, uniform_range(SCHEDULE), (0, 2), (0, 1, 2), 5), r"end is \(0, 1, 2\); expected \(low, high"),  # type: ignore[arg-type]
+        (partial(Annealed, uniform_range(SCHEDULE), (0, 2), (0, 1.5), 5), "a bound of end is a float"),  # type: ignore[arg-type]
+        (partial(uniform_range, SCHEDULE, 2.5, 7), "low is a float"),  # type: ignore[arg-type]
+        (partial(uniform_range, SCHEDULE, 2, 7.5), "high is a float"),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_of_another_type_are_named(make: Callable[[], object], named: str) -> None:
+    with pytest.raises(InputTypeError, match=named):
+        make()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffloss_engine.errors import InputError
+from diffloss_engine.errors import InputError, InputTypeError
 from diffloss_trt import DiffLoss, NoiseSchedule
 from diffloss_trt.weights import Constant, Cosine, WarmUp
 
@@ -39,6 +39,11 @@ def test_cosine(start: float, end: float) -> None:
     assert steps == sorted(steps, reverse=start > end)
 
 
+def test_before_the_first_step_a_weight_is_that_of_the_first_step() -> None:
+    for schedule in (Constant(1.0), WarmUp(1.0, 10), Cosine(1.0, 0.0, 10), Cosine(0.0, 1.0, 10)):
+        assert [schedule(step) for step in (-1, -5, -1000)] == [schedule(0)] * 3
+
+
 def test_schedules_pickle() -> None:
     for schedule in (Constant(1.0), WarmUp(1.0, 5), Cosine(1.0, 0.0, 5)):
         assert pickle.loads(pickle.dumps(schedule)) == schedule
@@ -53,11 +58,15 @@ def test_schedules_pickle() -> None:
         partial(Cosine, math.inf, 0.0, 3),
         partial(Cosine, 1.0, -0.1, 3),
         partial(Cosine, 1.0, 0.0, 0),
+        partial(Cosine, 1.0, 0.0, math.nan),  # type: ignore[arg-type]
+        partial(WarmUp, 1.0, math.inf),  # type: ignore[arg-type]
     ],
 )
 def test_what_cannot_be_a_schedule(make: Callable[[], object]) -> None:
     with pytest.raises(InputError, match="expected"):
         make()
+    with pytest.raises(InputTypeError, match="steps is 'x', a str; expected a number"):
+        WarmUp(1.0, "x")  # type: ignore[arg-type]
 
 
 def test_the_loss_takes_a_schedules_weight_at_the_next_call(
