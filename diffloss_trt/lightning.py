@@ -34,6 +34,8 @@ def log_terms(key: str = "diffloss") -> Callback:
         def on_train_batch_end(
             self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
         ) -> None:
+            if pl_module.automatic_optimization and not outputs:
+                return  # a training_step that returns None leaves its step out
             terms = outputs.get(key) if isinstance(outputs, dict) else None
             if not isinstance(terms, Terms):
                 raise InputError(f"training_step did not return the terms: expected {{'loss': loss, {key!r}: terms}}")

@@ -99,3 +99,15 @@ def test_without_lightning_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "lightning.pytorch.callbacks", None)
     with pytest.raises(MissingPackageError, match=r"Lightning's, which cannot be imported .*: install 'lightning'"):
         log_terms()
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None.:UserWarning")
+def test_steps_that_are_left_out_log_nothing(loss_fn: DiffLoss, target: Tensor, tmp_path: Path) -> None:
+    class Sparing(Module):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:  # type: ignore[override]
+            return None if batch_idx == 0 else super().training_step(batch)
+
+    module = Sparing(loss_fn, "diffloss")
+    logged = train(module, target, log_terms(), tmp_path).callback_metrics
+    (terms,) = module.returned
+    assert float(logged["diffloss/total_epoch"]) == pytest.approx(float(terms.total.mean()))
