@@ -36,7 +36,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffloss_trt import DiffLoss
-from diffloss_trt.opening import choose_device
+from diffloss_trt.inputs import choose_device
 
 EAGER: Final = "eager PyTorch, fp32"
 # What is measured unless said otherwise, by the type of device: architecture, batch sizes (of its own image size), and

@@ -18,7 +18,15 @@ from diffloss_trt.autograd import attach
 from diffloss_trt.compiled import compiled_terms, register
 from diffloss_trt.draws import Draws
 from diffloss_trt.evaluators import EagerEvaluator, Evaluator, FusedEvaluator, Images
-from diffloss_trt.inputs import SETTINGS, check_images, check_noise, check_range, check_settings, check_timesteps
+from diffloss_trt.inputs import (
+    SETTINGS,
+    check_images,
+    check_noise,
+    check_range,
+    check_settings,
+    check_timesteps,
+    choose_device,
+)
 from diffloss_trt.nonfinite import nonfinite_images, nonfinite_results
 from diffloss_trt.objective import Terms, wide
 from diffloss_trt.opening import open_evaluator
@@ -434,7 +442,7 @@ class DiffLoss(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = fn(torch.empty(0, device=self.device)).device
         if device != self.device:
-            self.evaluator = self.evaluator.to(device)
+            self.evaluator = self.evaluator.to(choose_device(device))
         return self
 
     def extra_repr(self) -> str:

@@ -11,10 +11,9 @@ import torch
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BackendError, BackendUnavailableError, CaptureError, InputError, ParityError
 from diffloss_engine.inductor import has_bfloat16
-from diffloss_engine.tensors import concrete_device
 from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
 from diffloss_trt.evaluators import Evaluator, FusedEvaluator, RecomputeEvaluator, gradient_graph
-from diffloss_trt.inputs import check_choice
+from diffloss_trt.inputs import check_choice, choose_device
 
 logger = logging.getLogger(__name__)
 
@@ -44,27 +43,6 @@ def open_evaluator(
     if cuda_graph and not (fused and place.type == "cuda"):
         raise InputError("cuda_graph is for a CUDA device and backward='fused'")
     return _open(opened, backend, place, _Wanted(fused, cuda_graph, weights))
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """Return the device meant by `device`, None being the GPU if there is one; with an index if it is a GPU.
-
-    Raises `InputError` for anything but a CPU or CUDA device, `BackendUnavailableError` if it is not there.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"device is {device!r}; expected 'cpu', 'cuda' or 'cuda:N'") from error
-    if place.type not in ("cpu", "cuda"):
-        raise InputError(f"device is {place}; expected 'cpu', 'cuda' or 'cuda:N'")
-    if place.type == "cuda":
-        if not torch.cuda.is_available():
-            raise BackendUnavailableError(f"device is {place}, but PyTorch sees no CUDA GPU here")
-        if place.index is not None and place.index >= torch.cuda.device_count():
-            raise BackendUnavailableError(f"device is {place}, but there are {torch.cuda.device_count()} GPUs here")
-    return concrete_device(place)
 
 
 def _has_gradient(bundle: Bundle, backward: str | None) -> bool:

@@ -58,7 +58,7 @@ def try_onnxruntime() -> dict[str, Any]:
     from diffloss_engine.errors import DiffLossError
     from diffloss_engine.ort_session import OrtSession
     from diffloss_engine.tensors import TensorSpec
-    from diffloss_trt.opening import choose_device
+    from diffloss_trt.inputs import choose_device
 
     device = choose_device(None)
     works, reasons = [], []

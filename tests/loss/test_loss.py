@@ -459,6 +459,20 @@ def test_a_generator_is_one(exported: tuple[Path, Any, NoiseSchedule], make_batc
         DiffLoss.load(exported[0], "torch", "cpu")(restored, target, generator=5)
 
 
+@pytest.mark.parametrize("way", ["fused", "recompute", "a UNet"])
+def test_a_device_that_load_refuses_is_none_to_move_to(
+    way: str, exported: tuple[Path, Any, NoiseSchedule], scheduler: Any, make_batch: Callable[..., Batch]
+) -> None:
+    restored, target, *_ = make_batch(dtype=torch.float32)
+    if way == "a UNet":
+        loss = make_loss(make_unet(dtype=torch.float32), scheduler, seed=0)
+    else:
+        loss = DiffLoss.load(exported[0], "torch", "cpu", backward=way, value_range=(-1, 1), seed=0)
+    with pytest.raises(InputError, match="device is meta; expected 'cpu', 'cuda' or 'cuda:N'"):
+        loss.to("meta")
+    assert loss.to("cpu")(restored, target).isfinite().all()
+
+
 def test_load_refuses_what_it_cannot_do(exported: tuple[Path, Any, NoiseSchedule], tmp_path: Path) -> None:
     folder = exported[0]
     with pytest.raises(InputError, match="backend is 'tensorflow'; expected 'auto', 'inductor', "):
