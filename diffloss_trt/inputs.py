@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from torch import Tensor
 from diffloss_engine.errors import BackendUnavailableError, InputError, InputTypeError
 from diffloss_engine.tensors import concrete_device
 from diffloss_trt.nonfinite import nonfinite_images
+
+Backward = Literal["fused", "recompute"]
+Reduction = Literal["mean", "none"]
+Nonfinite = Literal["error", "skip"]
 
 # How far beyond `value_range` images may go, in widths of the range. Targets come from files and may overshoot by
 # resampling; a network that has just been initialised may be anywhere near, but not at 255 when told 1.
@@ -79,10 +83,10 @@ def _check_integer(name: str, value: Any, least: int) -> int | None:
 SETTINGS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
     "naturalness_weight": check_weight,
     "semantic_weight": check_weight,
-    "reduction": functools.partial(check_choice, choices=("mean", "none")),
+    "reduction": functools.partial(check_choice, choices=get_args(Reduction)),
     "value_range": check_range,
     "seed": functools.partial(_check_integer, least=0),
-    "nonfinite": functools.partial(check_choice, choices=("error", "skip")),
+    "nonfinite": functools.partial(check_choice, choices=get_args(Nonfinite)),
     "check_every": functools.partial(_check_integer, least=1),
 }
 

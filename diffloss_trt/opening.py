@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from os import PathLike
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
@@ -13,30 +13,29 @@ from diffloss_engine.errors import BackendError, BackendUnavailableError, Captur
 from diffloss_engine.inductor import has_bfloat16
 from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
 from diffloss_trt.evaluators import Evaluator, FusedEvaluator, RecomputeEvaluator, gradient_graph
-from diffloss_trt.inputs import check_choice, choose_device
+from diffloss_trt.inputs import Backward, check_choice, choose_device
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "inductor", "onnxruntime", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx", "torch")
-BACKWARDS = ("fused", "recompute")
 
 
 def open_evaluator(
     bundle: str | PathLike[str],
     backend: str,
     device: str | torch.device | None,
-    backward: str | None,
+    backward: Backward | None,
     *,
     cuda_graph: bool,
     weights: tuple[float, float],
-) -> Evaluator | FusedEvaluator:
+) -> Evaluator:
     """Return what computes the loss of a bundle; for the arguments, and what is raised, see `DiffLoss.load`.
 
     weights: those of naturalness and semantic, for which it shall be ready.
     """
     check_choice("backend", backend, BACKENDS)
     if backward is not None:
-        check_choice("backward", backward, BACKWARDS)
+        check_choice("backward", backward, get_args(Backward))
     place = choose_device(device)
     opened = Bundle.open(bundle)
     fused = _has_gradient(opened, backward) and backward != "recompute"
@@ -45,7 +44,7 @@ def open_evaluator(
     return _open(opened, backend, place, _Wanted(fused, cuda_graph, weights))
 
 
-def _has_gradient(bundle: Bundle, backward: str | None) -> bool:
+def _has_gradient(bundle: Bundle, backward: Backward | None) -> bool:
     """Whether the bundle has gradient graphs; an error if not, and `backward` asks for them."""
     if {GRADIENT, SEMANTIC_GRADIENT} <= bundle.graphs.keys():
         return True
@@ -63,7 +62,7 @@ class _Wanted(NamedTuple):
     weights: tuple[float, float]
 
 
-def _open(bundle: Bundle, backend: str, device: torch.device, wanted: _Wanted) -> Evaluator | FusedEvaluator:
+def _open(bundle: Bundle, backend: str, device: torch.device, wanted: _Wanted) -> Evaluator:
     if backend == "auto":
         return _open_fastest(bundle, device, wanted)
     if wanted.fused:
@@ -84,7 +83,7 @@ def _fastest_first(bundle: Bundle, device: torch.device, fused: bool) -> tuple[s
     return ("onnxruntime", *(["inductor"] if compiles else []), "torch")
 
 
-def _open_fastest(bundle: Bundle, device: torch.device, wanted: _Wanted) -> Evaluator | FusedEvaluator:
+def _open_fastest(bundle: Bundle, device: torch.device, wanted: _Wanted) -> Evaluator:
     """Open the first backend that runs here and computes rightly, and say which, and why not those before it."""
     *candidates, last = _fastest_first(bundle, device, wanted.fused)
     reasons, level = "", logging.INFO

@@ -154,8 +154,8 @@ def try_bundle(bundle: str) -> dict[str, Any]:
     logging.getLogger("diffloss_trt").setLevel(logging.INFO)
     loss = DiffLoss.load(bundle)
     return {
-        "backend": loss.evaluator.backend,
-        "backward": loss.evaluator.backward,
+        "backend": loss.backend,
+        "backward": loss.backward,
         "device": str(loss.device),
         "said": said,
     }
