@@ -25,7 +25,7 @@ from diffloss_engine.plan_cache import PlanCache
 from diffloss_engine.trt_build import FLAVOURS
 from diffloss_export.build import BuiltPlan, build_bundle, compile_bundle
 from diffloss_export.pipeline import export_bundle
-from diffloss_trt.opening import choose_device
+from diffloss_trt.inputs import choose_device
 
 # How the stages of the export itself begin; the others compare it with float64.
 _EXPORT: Final = ("writing", "exporting")

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ways import PRODUCTS, TERMS, Images, Setting, Step, Way, is_aimed_at, make_images, of_loss, ways
 
 from diffloss_trt import DiffLoss
-from diffloss_trt.opening import choose_device
+from diffloss_trt.inputs import choose_device
 from diffloss_trt.probe import worst_ratio
 
 DISTANCES: Final = (20, 30, 40)  # dB

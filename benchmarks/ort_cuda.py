@@ -30,7 +30,7 @@ from diffloss_engine.errors import BackendError, BackendUnavailableError
 from diffloss_engine.ort_session import OrtSession
 from diffloss_export.pipeline import export_bundle
 from diffloss_trt.contract import GRADIENT
-from diffloss_trt.opening import choose_device
+from diffloss_trt.inputs import choose_device
 from diffloss_trt.probe import CHECK_WEIGHTS, deviations, recorded, run_gradient
 from diffloss_trt.tolerances import DIFFERENCE
 

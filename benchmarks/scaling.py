@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffloss_trt import DiffLoss
-from diffloss_trt.opening import choose_device
+from diffloss_trt.inputs import choose_device
 
 EAGER: Final = "eager PyTorch, fp32"
 OURS: Final = "diffloss-trt"

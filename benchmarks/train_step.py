@@ -29,7 +29,7 @@ from timing import interleaved
 from torch import Tensor, nn
 
 from diffloss_trt import DiffLoss
-from diffloss_trt.opening import choose_device
+from diffloss_trt.inputs import choose_device
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 NONE: Final = "none"

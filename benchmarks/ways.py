@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from diffloss_engine.errors import BackendUnavailableError
 from diffloss_trt import DiffLoss
 from diffloss_trt.evaluators import EagerEvaluator
+from diffloss_trt.inputs import Backward
 from diffloss_trt.objective import combine, mean_square
 from diffloss_trt.probe import Probe
 from diffloss_trt.unet import Features, TappedUNet
@@ -273,7 +274,7 @@ def of_loss(loss: DiffLoss) -> Step:
     return step
 
 
-def _ours(setting: Setting, way: Way, *, backend: str, backward: str = "fused", cuda_graph: bool = False) -> Step:
+def _ours(setting: Setting, way: Way, *, backend: str, backward: Backward = "fused", cuda_graph: bool = False) -> Step:
     if setting.device.type == "cpu":
         if backend == "inductor" and way.precision == "fp32":
             raise BackendUnavailableError("left out on a CPU, for the minutes that it takes to compile")

@@ -32,7 +32,7 @@ def register(loss: DiffLoss) -> int:
 def compiled_terms(
     loss: DiffLoss, handle: int, restored: Tensor, target: Tensor, timesteps: Tensor | None, noise: Tensor | None
 ) -> Terms:
-    """Return what `DiffLoss.terms` does, for a loss with a `FusedEvaluator`: in a form that torch.compile can trace.
+    """Return what `DiffLoss.terms` does, for a loss with backward "fused": in a form that torch.compile can trace.
 
     The loss's weights, its draws and its session are looked up when the graph runs.
     """
@@ -71,7 +71,7 @@ def _value_and_gradient(
     if refused:
         raise InputError(refused)
     terms, gradient = loss.evaluate(loss.prepare(restored, target, timesteps, noise))
-    assert gradient is not None  # as a FusedEvaluator computes it
+    assert gradient is not None  # as backward "fused" computes it
     # Compiled graphs expect the layout that is promised below; channels-last images may give another.
     total, naturalness, semantic, gradient = (result.float().contiguous() for result in (*terms, gradient))
     return total, naturalness, semantic, gradient

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -11,7 +11,7 @@ from diffloss_engine.errors import InputError, InputTypeError
 from diffloss_trt.inputs import check_choice, check_weight
 from diffloss_trt.loss import DiffLoss
 
-REDUCTIONS = ("none", "mean", "sum")
+Reduction = Literal["none", "mean", "sum"]
 
 
 class DiffLossCriterion(nn.Module):
@@ -36,7 +36,7 @@ class DiffLossCriterion(nn.Module):
         bundle: str | PathLike[str],
         *,
         loss_weight: float = 1.0,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         data_range: float = 1.0,
         **options: Any,
     ) -> None:
@@ -53,15 +53,18 @@ class DiffLossCriterion(nn.Module):
         if name == "loss_weight":
             value = check_weight(name, value)
         elif name == "reduction":
-            value = check_choice(name, value, REDUCTIONS)
+            value = check_choice(name, value, get_args(Reduction))
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor, y: Tensor, **draws: Any) -> Tensor:
         """Return the loss of `x` beside the ground truth `y`, both [B, C, H, W]; for `draws` see `DiffLoss.terms`."""
-        loss: Tensor = self.loss_weight * self.loss_fn(x, y.detach(), **draws)
+        loss = self.loss_weight * self.loss_fn(x, y.detach(), **draws)
         if self.reduction == "none":
             return loss
         return loss.mean() if self.reduction == "mean" else loss.sum()
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class PerceptualDiffLoss(nn.Module):
@@ -84,3 +87,6 @@ class PerceptualDiffLoss(nn.Module):
     def forward(self, x: Tensor, gt: Tensor) -> tuple[Tensor, None]:
         """Return the loss of `x` beside the ground truth `gt`, both [B, C, H, W], and None."""
         return self.criterion(x, gt), None
+
+    if TYPE_CHECKING:
+        __call__ = forward

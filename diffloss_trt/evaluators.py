@@ -36,6 +36,7 @@ from diffloss_trt.contract import (
     read_schedule,
 )
 from diffloss_trt.gradient import program_version, run_gradient_graph, trace_gradient
+from diffloss_trt.inputs import Backward
 from diffloss_trt.objective import Terms, combine, mean_square
 from diffloss_trt.probe import check_evaluator, check_session, held_to
 from diffloss_trt.recheck import expect_alike, open_reference
@@ -45,12 +46,15 @@ from diffloss_trt.unet import Features, TappedUNet, reload_unet
 # Restored, target and noise [B, C, H, W], timesteps [B].
 Images = tuple[Tensor, Tensor, Tensor, Tensor]
 
+# Of a call: its number, its images, the weights, and the terms and the gradient that `evaluate` has returned.
+Check = Callable[[int, Images, tuple[float, float], Terms, Tensor], None]
+
 
 class Evaluator(Protocol):
     """Computes DiffLoss on images in [-1, 1]; holds everything frozen, so that copies may share it."""
 
     backend: str
-    backward: str
+    backward: Backward
     device: torch.device
     schedule: NoiseSchedule
     channels: int
@@ -65,13 +69,26 @@ class Evaluator(Protocol):
         """The one image size that can be taken, or None for any multiple of `resolution_multiple`."""
         ...
 
-    def terms(
-        self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
-    ) -> Terms:
-        """Return the terms; `restored`, `target`, `noise` [B, C, H, W] float32 or float64, `timesteps` [B] integers.
+    @property
+    def precision(self) -> str | None:
+        """That of the bundle, or None for a UNet that came without one."""
+        ...
 
-        `weights` are those of naturalness and semantic, not both zero; a term of weight zero is not computed: it is
-        zero.
+    @property
+    def check(self) -> Check | None:
+        """Raises ParityError if results are not those of a reference; None where there is no reference."""
+        ...
+
+    def evaluate(
+        self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
+    ) -> tuple[Terms, Tensor | None]:
+        """Return the terms [B], and the gradient of their `total` with respect to `restored`, like `restored`.
+
+        With `backward` "fused" neither is on a tape. Otherwise the gradient is None: `total` leads to it, if it is on
+        a tape.
+
+        `restored`, `target` and `noise` are [B, C, H, W] in float32 or float64, `timesteps` integers [B]. `weights` are
+        those of naturalness and semantic, not both zero; a term of weight zero is not computed: it is zero.
         """
         ...
 
@@ -118,8 +135,10 @@ class EagerEvaluator:
     """The reference: PyTorch forward and backward, in the precision of the UNet."""
 
     backend = "torch"
-    backward = "recompute"
+    backward: Backward = "recompute"
     resolution = None
+    precision = None
+    check = None
     batch_size = 1
 
     def __init__(self, unet: TappedUNet, device: torch.device) -> None:
@@ -142,16 +161,16 @@ class EagerEvaluator:
     def _features(self, noisy: Tensor, timesteps: Tensor, with_noise: bool) -> Features:
         return self.unet.features(noisy, timesteps, with_noise=with_noise)
 
-    def terms(
+    def evaluate(
         self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
-    ) -> Terms:
+    ) -> tuple[Terms, None]:
         if not self.on_tape:
-            return _recompute_terms(self._features, self.unet, restored, target, noise, timesteps, weights)
+            return _recompute_terms(self._features, self.unet, restored, target, noise, timesteps, weights), None
         with_noise = weights[0] > 0
         with torch.no_grad():
             of_target = self._features(self.schedule.add_noise(target, noise, timesteps), timesteps, with_noise)
         of_restored = self._features(self.schedule.add_noise(restored, noise, timesteps), timesteps, with_noise)
-        return _measure(of_restored, of_target, weights)
+        return _measure(of_restored, of_target, weights), None
 
 
 class _BundleEvaluator:
@@ -164,6 +183,7 @@ class _BundleEvaluator:
         self.device = device
         self.schedule = read_schedule(bundle)
         self.resolution = bundle.resolution
+        self.precision = bundle.precision
         self.batch_size = bundle.batch_size
         self.channels = read_channels(bundle)
         self.resolution_multiple = 1  # there is but one resolution
@@ -177,9 +197,9 @@ class _BundleEvaluator:
         # A CPU has no fast convolution in fp16, and PyTorch's in bf16 are fast only with weights that are laid out for
         # them beforehand, which is what a compiler does; elsewhere the stored weights are widened.
         as_stored = self.device.type == "cuda" or (
-            self.backend == "inductor" and self.bundle.precision == "bf16" and has_bfloat16(self.device)
+            self.backend == "inductor" and self.precision == "bf16" and has_bfloat16(self.device)
         )
-        return PRECISIONS[self.bundle.precision] if as_stored else torch.float32
+        return PRECISIONS[self.precision] if as_stored else torch.float32
 
     def _tapped(self, dtype: torch.dtype) -> TappedUNet:
         return TappedUNet(reload_unet(self.bundle, dtype, self.device), self.schedule)
@@ -188,7 +208,7 @@ class _BundleEvaluator:
 class FusedEvaluator(_BundleEvaluator):
     """A bundle's gradient graphs: value and gradient come from the engine together, and no UNet runs in PyTorch."""
 
-    backward = "fused"
+    backward: Backward = "fused"
     on_tape = False
 
     def __init__(self, bundle: Bundle, backend: str, device: torch.device, *, cuda_graph: bool = False) -> None:
@@ -262,7 +282,6 @@ class FusedEvaluator(_BundleEvaluator):
     def evaluate(
         self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
     ) -> tuple[Terms, Tensor]:
-        """Return the terms and the gradient of `total` with respect to `restored`, both without a tape."""
         return _evaluate(self.session(gradient_graph(weights)), (restored, target, noise, timesteps), weights)
 
     def check(self, call: int, images: Images, weights: tuple[float, float], terms: Terms, gradient: Tensor) -> None:
@@ -297,7 +316,8 @@ class RecomputeEvaluator(_BundleEvaluator):
     With the backend "torch" the UNet runs forward in PyTorch too, in float32.
     """
 
-    backward = "recompute"
+    backward: Backward = "recompute"
+    check = None
 
     def __init__(self, bundle: Bundle, backend: str, device: torch.device) -> None:
         super().__init__(bundle, backend, device)
@@ -347,9 +367,9 @@ class RecomputeEvaluator(_BundleEvaluator):
         noise = run_batched(head, {spec.name: tensors[spec.name] for spec in head.inputs})[NOISE]
         return Features(tensors[BOTTLENECK], noise)
 
-    def terms(
+    def evaluate(
         self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
-    ) -> Terms:
+    ) -> tuple[Terms, None]:
         if self.on_tape:
-            return self.eager.terms(restored, target, noise, timesteps, weights)
-        return _recompute_terms(self._features, self.unet, restored, target, noise, timesteps, weights)
+            return self.eager.evaluate(restored, target, noise, timesteps, weights)
+        return _recompute_terms(self._features, self.unet, restored, target, noise, timesteps, weights), None

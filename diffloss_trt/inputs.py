@@ -6,13 +6,18 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from diffloss_engine.errors import InputError, InputTypeError
+from diffloss_engine.errors import BackendUnavailableError, InputError, InputTypeError
+from diffloss_engine.tensors import concrete_device
 from diffloss_trt.nonfinite import nonfinite_images
+
+Backward = Literal["fused", "recompute"]
+Reduction = Literal["mean", "none"]
+Nonfinite = Literal["error", "skip"]
 
 # How far beyond `value_range` images may go, in widths of the range. Targets come from files and may overshoot by
 # resampling; a network that has just been initialised may be anywhere near, but not at 255 when told 1.
@@ -91,10 +96,10 @@ def check_steps(steps: Any) -> None:
 SETTINGS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
     "naturalness_weight": check_weight,
     "semantic_weight": check_weight,
-    "reduction": functools.partial(check_choice, choices=("mean", "none")),
+    "reduction": functools.partial(check_choice, choices=get_args(Reduction)),
     "value_range": check_range,
     "seed": functools.partial(_check_optional_integer, least=0),
-    "nonfinite": functools.partial(check_choice, choices=("error", "skip")),
+    "nonfinite": functools.partial(check_choice, choices=get_args(Nonfinite)),
     "check_every": functools.partial(_check_optional_integer, least=1),
 }
 
@@ -103,6 +108,27 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Check settings of a DiffLoss, by name."""
     for name, value in settings.items():
         SETTINGS[name](name, value)
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Return the device meant by `device`, None being the GPU if there is one; with an index if it is a GPU.
+
+    Raises `InputError` for anything but a CPU or CUDA device, `BackendUnavailableError` if it is not there.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device is {device!r}; expected 'cpu', 'cuda' or 'cuda:N'") from error
+    if place.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {place}; expected 'cpu', 'cuda' or 'cuda:N'")
+    if place.type == "cuda":
+        if not torch.cuda.is_available():
+            raise BackendUnavailableError(f"device is {place}, but PyTorch sees no CUDA GPU here")
+        if place.index is not None and place.index >= torch.cuda.device_count():
+            raise BackendUnavailableError(f"device is {place}, but there are {torch.cuda.device_count()} GPUs here")
+    return concrete_device(place)
 
 
 def _expect_dense(name: str, value: Any, expected: str = "a torch.Tensor") -> None:

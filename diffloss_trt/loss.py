@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,19 @@ from diffloss_engine.forking import ProcessLock
 from diffloss_trt.autograd import attach
 from diffloss_trt.compiled import compiled_terms, register
 from diffloss_trt.draws import Draws
-from diffloss_trt.evaluators import EagerEvaluator, Evaluator, FusedEvaluator, Images
-from diffloss_trt.inputs import SETTINGS, check_images, check_noise, check_range, check_settings, check_timesteps
+from diffloss_trt.evaluators import EagerEvaluator, Evaluator, Images
+from diffloss_trt.inputs import (
+    SETTINGS,
+    Backward,
+    Nonfinite,
+    Reduction,
+    check_images,
+    check_noise,
+    check_range,
+    check_settings,
+    check_timesteps,
+    choose_device,
+)
 from diffloss_trt.nonfinite import nonfinite_images, nonfinite_results
 from diffloss_trt.objective import Terms, wide
 from diffloss_trt.opening import open_evaluator
@@ -38,7 +49,7 @@ class Call(NamedTuple):
     """One call of a loss.
 
     number: counted from 1.
-    images: what `Evaluator.terms` takes first.
+    images: what `Evaluator.evaluate` takes first.
     looked_at: whether values may be looked at, which in the capture of a CUDA graph they may not.
     usable: whether `restored` is finite and anywhere near its range, as far as was looked.
     """
@@ -65,14 +76,14 @@ class DiffLoss(nn.Module):
 
     def __init__(
         self,
-        evaluator: Evaluator | FusedEvaluator,
+        evaluator: Evaluator,
         *,
         naturalness_weight: float = 1e-3,
         semantic_weight: float = 1e-6,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         value_range: Sequence[float] = (0.0, 1.0),
         seed: int | None = None,
-        nonfinite: str = "error",
+        nonfinite: Nonfinite = "error",
         check_every: int | None = None,
     ) -> None:
         super().__init__()
@@ -98,7 +109,7 @@ class DiffLoss(nn.Module):
         # Trainers assign settings in the middle of a training too.
         if name in SETTINGS:
             value = SETTINGS[name](name, value)
-            if name == "check_every" and value is not None and not isinstance(self.evaluator, FusedEvaluator):
+            if name == "check_every" and value is not None and self.evaluator.check is None:
                 raise InputError(
                     "check_every is for a bundle and backward='fused': nothing else is held to a tolerance"
                 )
@@ -129,10 +140,10 @@ class DiffLoss(nn.Module):
         *,
         naturalness_weight: float = 1e-3,
         semantic_weight: float = 1e-6,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         value_range: Sequence[float] = (0.0, 1.0),
         seed: int | None = None,
-        nonfinite: str = "error",
+        nonfinite: Nonfinite = "error",
     ) -> Self:
         """Return the loss on eager PyTorch: the reference for every other backend.
 
@@ -164,12 +175,12 @@ class DiffLoss(nn.Module):
         device: str | torch.device | None = None,
         naturalness_weight: float = 1e-3,
         semantic_weight: float = 1e-6,
-        backward: str | None = None,
-        reduction: str = "mean",
+        backward: Backward | None = None,
+        reduction: Reduction = "mean",
         value_range: Sequence[float] = (0.0, 1.0),
         cuda_graph: bool = False,
         seed: int | None = None,
-        nonfinite: str = "error",
+        nonfinite: Nonfinite = "error",
         check_every: int | None = None,
     ) -> Self:
         """Return the loss on a bundle that `diffloss-export onnx` wrote.
@@ -229,6 +240,21 @@ class DiffLoss(nn.Module):
         return self.evaluator.device
 
     @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule that timesteps are of."""
+        return self.evaluator.schedule
+
+    @property
+    def backend(self) -> str:
+        """What computes the loss, one of the words that `load` takes, but never "auto"."""
+        return self.evaluator.backend
+
+    @property
+    def backward(self) -> Backward:
+        """Where the gradient comes from, as `load` says; "recompute" for the loss of `from_unet`."""
+        return self.evaluator.backward
+
+    @property
     def resolution(self) -> tuple[int, int] | None:
         """Height and width that images must have, or None where every multiple of the UNet's stride is taken."""
         return self.evaluator.resolution
@@ -245,6 +271,9 @@ class DiffLoss(nn.Module):
         """Return the weighted loss: a scalar, or [B] with reduction "none". For the arguments see `terms`."""
         total = self.terms(restored, target, timesteps=timesteps, noise=noise, generator=generator).total
         return total.mean() if self.reduction == "mean" else total
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def terms(
         self,
@@ -284,7 +313,7 @@ class DiffLoss(nn.Module):
         """
         # Not `is_compiling`, which is true in all threads while one of them traces.
         if torch.compiler.is_dynamo_compiling():
-            if isinstance(self.evaluator, FusedEvaluator) and generator is None:
+            if self.backward == "fused" and generator is None:
                 return compiled_terms(self, self._handle, restored, target, timesteps, noise)
             torch._dynamo.graph_break(
                 msg="a DiffLoss breaks the graph unless its backward is fused and it is given no generator"
@@ -372,14 +401,13 @@ class DiffLoss(nn.Module):
     def evaluate(self, call: Call) -> tuple[Terms, Tensor | None]:
         """Return the terms of a call, and the gradient of `total` with respect to `restored` in [-1, 1].
 
-        With a `FusedEvaluator` neither is on a tape. With others `total` is, if one is made, and the gradient None,
-        unless nothing was computed.
+        They are those of `Evaluator.evaluate`; where nothing was computed there is a gradient too.
         """
         if not call.usable:
             return _constant(call, math.nan)
         if self.weights == (0.0, 0.0):
             return _constant(call, 0.0)
-        evaluator, gradient = self.evaluator, None
+        evaluator = self.evaluator
         count, at_once = len(call.images[0]), evaluator.batch_size
         computed = math.ceil(count / at_once) * at_once
         fits, before = 3 * (computed - count) < computed, self.fitted
@@ -390,17 +418,14 @@ class DiffLoss(nn.Module):
                 f"this bundle computes {at_once} images at a time, so that a batch of {count} takes as long as one of "
                 f"{computed}; where batches are of {count}, export it with --batch-size {count}",
             )
-        if isinstance(evaluator, FusedEvaluator):
-            terms, gradient = evaluator.evaluate(*call.images, self.weights)
-        else:
-            terms = evaluator.terms(*call.images, self.weights)
+        terms, gradient = evaluator.evaluate(*call.images, self.weights)
         if not call.looked_at:
             return terms, gradient
         if found := nonfinite_results(terms, gradient):
             self._report(call.number, BackendError, self._cause(call, found))
             return _constant(call, math.nan)
         if self.check_every is not None and call.number % self.check_every == 0:
-            assert isinstance(evaluator, FusedEvaluator)  # see `__setattr__`
+            assert evaluator.check is not None  # see `__setattr__`
             assert gradient is not None
             evaluator.check(call.number, call.images, self.weights, terms, gradient)
         return terms, gradient
@@ -413,7 +438,7 @@ class DiffLoss(nn.Module):
             raise InputError(f"call {call.number:,} of this loss: noise holds NaN or infinite values {where}")
         evaluator = self.evaluator
         what = f"{evaluator.backend} on {evaluator.device} returned NaN or infinity for finite images: {found}"
-        if isinstance(evaluator, FusedEvaluator) and evaluator.bundle.precision == "fp16":
+        if evaluator.backward == "fused" and evaluator.precision == "fp16":
             what += "; fp16 ends at 65504, so export this model with --precision bf16 or fp32"
         return what
 
@@ -434,14 +459,14 @@ class DiffLoss(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = fn(torch.empty(0, device=self.device)).device
         if device != self.device:
-            self.evaluator = self.evaluator.to(device)
+            self.evaluator = self.evaluator.to(choose_device(device))
         return self
 
     def extra_repr(self) -> str:
         seeded = "" if self.seed is None else f", seed={self.seed}"
         return (
             f"naturalness_weight={self.naturalness_weight:g}, semantic_weight={self.semantic_weight:g}, "
-            f"backend={self.evaluator.backend}, backward={self.evaluator.backward}, device={self.device}, "
+            f"backend={self.backend}, backward={self.backward}, device={self.device}, "
             f"reduction={self.reduction}, value_range={self.value_range}{seeded}"
         )
 

@@ -4,40 +4,38 @@ from __future__ import annotations
 
 import logging
 from os import PathLike
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BackendError, BackendUnavailableError, CaptureError, InputError, ParityError
 from diffloss_engine.inductor import has_bfloat16
-from diffloss_engine.tensors import concrete_device
 from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
 from diffloss_trt.evaluators import Evaluator, FusedEvaluator, RecomputeEvaluator, gradient_graph
-from diffloss_trt.inputs import check_choice
+from diffloss_trt.inputs import Backward, check_choice, choose_device
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "inductor", "onnxruntime", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx", "torch")
-BACKWARDS = ("fused", "recompute")
 
 
 def open_evaluator(
     bundle: str | PathLike[str],
     backend: str,
     device: str | torch.device | None,
-    backward: str | None,
+    backward: Backward | None,
     *,
     cuda_graph: bool,
     weights: tuple[float, float],
-) -> Evaluator | FusedEvaluator:
+) -> Evaluator:
     """Return what computes the loss of a bundle; for the arguments, and what is raised, see `DiffLoss.load`.
 
     weights: those of naturalness and semantic, for which it shall be ready.
     """
     check_choice("backend", backend, BACKENDS)
     if backward is not None:
-        check_choice("backward", backward, BACKWARDS)
+        check_choice("backward", backward, get_args(Backward))
     place = choose_device(device)
     opened = Bundle.open(bundle)
     fused = _has_gradient(opened, backward) and backward != "recompute"
@@ -46,28 +44,7 @@ def open_evaluator(
     return _open(opened, backend, place, _Wanted(fused, cuda_graph, weights))
 
 
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """Return the device meant by `device`, None being the GPU if there is one; with an index if it is a GPU.
-
-    Raises `InputError` for anything but a CPU or CUDA device, `BackendUnavailableError` if it is not there.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"device is {device!r}; expected 'cpu', 'cuda' or 'cuda:N'") from error
-    if place.type not in ("cpu", "cuda"):
-        raise InputError(f"device is {place}; expected 'cpu', 'cuda' or 'cuda:N'")
-    if place.type == "cuda":
-        if not torch.cuda.is_available():
-            raise BackendUnavailableError(f"device is {place}, but PyTorch sees no CUDA GPU here")
-        if place.index is not None and place.index >= torch.cuda.device_count():
-            raise BackendUnavailableError(f"device is {place}, but there are {torch.cuda.device_count()} GPUs here")
-    return concrete_device(place)
-
-
-def _has_gradient(bundle: Bundle, backward: str | None) -> bool:
+def _has_gradient(bundle: Bundle, backward: Backward | None) -> bool:
     """Whether the bundle has gradient graphs; an error if not, and `backward` asks for them."""
     if {GRADIENT, SEMANTIC_GRADIENT} <= bundle.graphs.keys():
         return True
@@ -85,7 +62,7 @@ class _Wanted(NamedTuple):
     weights: tuple[float, float]
 
 
-def _open(bundle: Bundle, backend: str, device: torch.device, wanted: _Wanted) -> Evaluator | FusedEvaluator:
+def _open(bundle: Bundle, backend: str, device: torch.device, wanted: _Wanted) -> Evaluator:
     if backend == "auto":
         return _open_fastest(bundle, device, wanted)
     if wanted.fused:
@@ -106,7 +83,7 @@ def _fastest_first(bundle: Bundle, device: torch.device, fused: bool) -> tuple[s
     return ("onnxruntime", *(["inductor"] if compiles else []), "torch")
 
 
-def _open_fastest(bundle: Bundle, device: torch.device, wanted: _Wanted) -> Evaluator | FusedEvaluator:
+def _open_fastest(bundle: Bundle, device: torch.device, wanted: _Wanted) -> Evaluator:
     """Open the first backend that runs here and computes rightly, and say which, and why not those before it."""
     *candidates, last = _fastest_first(bundle, device, wanted.fused)
     reasons, level = "", logging.INFO

@@ -28,7 +28,7 @@ from diffloss_trt.gradient import run_gradient_graph
 from diffloss_trt.tolerances import DIFFERENCE, PLAIN, PLAIN_DB, PLAIN_PLACES, Tolerance
 
 if TYPE_CHECKING:
-    from diffloss_trt.evaluators import Evaluator, FusedEvaluator
+    from diffloss_trt.evaluators import Evaluator
     from diffloss_trt.objective import Terms
 
 # The weights of naturalness and semantic with which each gradient graph is compared: balanced, so that an error in
@@ -121,8 +121,9 @@ def run_evaluator(evaluator: Evaluator, probe: Probe, weights: tuple[float, floa
     timesteps = probe.timesteps.long().to(evaluator.device)
     with torch.enable_grad():
         restored.requires_grad_()
-        terms = evaluator.terms(restored, target, noise, timesteps, weights)
-        (gradient,) = torch.autograd.grad(terms.total.sum(), restored)
+        terms, gradient = evaluator.evaluate(restored, target, noise, timesteps, weights)
+        if gradient is None:
+            (gradient,) = torch.autograd.grad(terms.total.sum(), restored)
     result = Result.of(terms, gradient)
     return result if weights[0] else replace(result, naturalness=None)
 
@@ -199,7 +200,7 @@ def check_session(session: Session, graph: str, bundle: Bundle) -> None:
         return
     probe, expected = found
     result = run_gradient(session, probe, CHECK_WEIGHTS[graph])
-    tolerance = DIFFERENCE[held_to(session, bundle)]
+    tolerance = DIFFERENCE[_held_to(session, bundle)]
     _expect_within(
         f"{session.backend} on {session.device} computes the {graph} graph", result, expected[graph], tolerance
     )
@@ -240,11 +241,14 @@ def check_evaluator(evaluator: Evaluator, bundle: Bundle) -> None:
     _expect_within(what, result, expected_there, PLAIN[precision])
 
 
-def held_to(runs: Session | Evaluator | FusedEvaluator, bundle: Bundle) -> str:
+def held_to(evaluator: Evaluator, bundle: Bundle) -> str:
     """Return the precision whose tolerances hold."""
-    # A session differentiates nothing; an evaluator that recomputes has PyTorch do it, whatever runs forward.
-    by_pytorch = runs.backend in ("torch", "inductor") or getattr(runs, "backward", None) == "recompute"
-    if by_pytorch and runs.device.type == "cuda":
+    # One that recomputes has PyTorch differentiate, whatever runs forward.
+    return _held_to(evaluator, bundle, differentiates=evaluator.backward == "recompute")
+
+
+def _held_to(runs: Session | Evaluator, bundle: Bundle, *, differentiates: bool = False) -> str:
+    if (differentiates or runs.backend in ("torch", "inductor")) and runs.device.type == "cuda":
         # There PyTorch multiplies float32 with the mantissa of fp16 (TF32), unless told not to.
         return "bf16" if bundle.precision == "bf16" else "fp16"
     # On a CPU it widens the weights.

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.errors import InputError, InputTypeError
-from diffloss_trt.inputs import check_integer, check_steps
-from diffloss_trt.opening import choose_device
+from diffloss_trt.inputs import check_integer, check_steps, choose_device
 from diffloss_trt.schedule import NoiseSchedule
 
 # Weights [T], in any unit, of the timesteps: the same at every step of the training, or by its step.

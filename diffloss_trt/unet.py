@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diffloss_engine.errors import ModelError
+from diffloss_engine.bundle import Bundle
+from diffloss_engine.errors import BundleError, ModelError
 from diffloss_engine.exclusive import exclusive
+from diffloss_engine.tensor_files import load_tensors
+from diffloss_trt.contract import UNET_CONFIG, UNET_WEIGHTS
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.unet_config import build_unet
-
-if TYPE_CHECKING:
-    from diffloss_engine.bundle import Bundle
-
 
 # The others of diffusers are for other models, or are not known to work in a UNet2DModel.
 BLOCKS = (
@@ -169,10 +168,6 @@ def check_unet(unet: Any) -> None:
 
 def reload_unet(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Any:
     """Make the `diffusers.UNet2DModel` of a bundle; `BundleError` if its weights do not fit its configuration."""
-    from diffloss_engine.errors import BundleError
-    from diffloss_engine.tensor_files import load_tensors
-    from diffloss_trt.contract import UNET_CONFIG, UNET_WEIGHTS
-
     config = bundle.read_json(UNET_CONFIG)
     weights = load_tensors(bundle.file(UNET_WEIGHTS))
     try:

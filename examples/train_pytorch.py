@@ -29,7 +29,7 @@ def train(loss_fn: DiffLoss, steps: int) -> list[dict[str, float]]:
     side = loss_fn.resolution[0] if loss_fn.resolution else 64
     network = RestorationNetwork().to(loss_fn.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-    schedule = loss_fn.evaluator.schedule
+    schedule = loss_fn.schedule
     # At first all noise levels, weighted by how much of both signal and noise there is; at last the lower half.
     density = Annealed(snr_weighted(schedule), start=(0, len(schedule)), end=(0, len(schedule) // 2), steps=steps)
     sampler = TimestepSampler(density, low_discrepancy=True, device=loss_fn.device)

@@ -124,7 +124,7 @@ def _steps(
     return {
         eager_name(device): step(eager_loss(eager)),
         f"{_COMPILED} {str(dtype).removeprefix('torch.')}": step(eager_loss(compiled)),
-        f"diffloss-trt {ours.evaluator.backend}, {ours.evaluator.backward}, {bundle.precision}": step(ours),
+        f"diffloss-trt {ours.backend}, {ours.backward}, {bundle.precision}": step(ours),
     }
 
 

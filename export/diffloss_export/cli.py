@@ -282,7 +282,7 @@ def _build(args: argparse.Namespace) -> int:
     from diffloss_engine.plan_cache import PlanCache
     from diffloss_engine.trt_build import BuildOptions
     from diffloss_export.build import build_bundle, compile_bundle
-    from diffloss_trt.opening import choose_device
+    from diffloss_trt.inputs import choose_device
 
     options = BuildOptions(
         workspace_bytes=None if args.workspace is None else args.workspace * 2**20,
@@ -320,7 +320,7 @@ def _build(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from diffloss_engine.bundle import Bundle
     from diffloss_export.verify import verify_bundle
-    from diffloss_trt.opening import choose_device
+    from diffloss_trt.inputs import choose_device
 
     bundle = Bundle.open(args.bundle)
     with _stages() as on_stage:
@@ -397,7 +397,7 @@ def _plans(bundle: Bundle) -> dict[str, list[dict[str, Any]]]:
 def _bench(args: argparse.Namespace) -> int:
     from diffloss_engine.bundle import Bundle
     from diffloss_export.bench import bench_bundle
-    from diffloss_trt.opening import choose_device
+    from diffloss_trt.inputs import choose_device
 
     bundle = Bundle.open(args.bundle)
     device = choose_device(args.device)
@@ -461,7 +461,7 @@ def _explain(args: argparse.Namespace) -> int:
     from diffloss_export.explain import check_output, draw, explain, load_loss, read_images, to_json
     from diffloss_export.pictures import write_picture
     from diffloss_trt.contract import read_channels
-    from diffloss_trt.opening import choose_device
+    from diffloss_trt.inputs import choose_device
 
     bundle = None if args.bundle is None else Bundle.open(args.bundle)
     check_output(args.output, args.restored, args.target, bundle=bundle)

@@ -83,7 +83,7 @@ def explain(
     images = F.pad(images, padding, mode="replicate")
     generator = torch.Generator().manual_seed(seed)
     sampler = TimestepSampler(
-        uniform_range(loss.evaluator.schedule), low_discrepancy=True, generator=generator, device=loss.device
+        uniform_range(loss.schedule), low_discrepancy=True, generator=generator, device=loss.device
     )
     gradient, covered = torch.zeros_like(images[0]), torch.zeros_like(images[0, 0])
     rows = []

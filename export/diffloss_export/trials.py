@@ -59,7 +59,7 @@ def try_onnxruntime() -> dict[str, Any]:
     from diffloss_engine.errors import DiffLossError
     from diffloss_engine.ort_session import OrtSession
     from diffloss_engine.tensors import TensorSpec
-    from diffloss_trt.opening import choose_device
+    from diffloss_trt.inputs import choose_device
 
     device = choose_device(None)
     works, reasons = [], []
@@ -155,8 +155,8 @@ def try_bundle(bundle: str) -> dict[str, Any]:
     logging.getLogger("diffloss_trt").setLevel(logging.INFO)
     loss = DiffLoss.load(bundle)
     return {
-        "backend": loss.evaluator.backend,
-        "backward": loss.evaluator.backward,
+        "backend": loss.backend,
+        "backward": loss.backward,
         "device": str(loss.device),
         "said": said,
     }

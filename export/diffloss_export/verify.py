@@ -25,7 +25,7 @@ from diffloss_export.reference import Reference
 from diffloss_export.widened import widened_specs, write_widened
 from diffloss_trt.contract import PRECISIONS, check_graphs
 from diffloss_trt.evaluators import FusedEvaluator, RecomputeEvaluator
-from diffloss_trt.opening import choose_device
+from diffloss_trt.inputs import choose_device
 from diffloss_trt.probe import CHECK_WEIGHTS, Result, deviations, held_to, run_evaluator, run_gradient, worst_ratio
 from diffloss_trt.tolerances import DIFFERENCE, FEATURE, PLAIN, PLAIN_DB, PLAIN_PLACES, Tolerance
 

@@ -9,7 +9,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -174,7 +174,11 @@ def measure_golden(loss: DiffLoss, golden: Mapping[str, Tensor], gradient: str) 
 @pytest.mark.parametrize("gradient", WEIGHTS)
 @pytest.mark.parametrize("how", ["eager", "recompute", "fused"])
 def test_golden_gradient(
-    golden_bundle: Bundle, golden: Mapping[str, Tensor], golden_flags: dict[str, Any], how: str, gradient: str
+    golden_bundle: Bundle,
+    golden: Mapping[str, Tensor],
+    golden_flags: dict[str, Any],
+    how: Literal["eager", "recompute", "fused"],
+    gradient: str,
 ) -> None:
     if how == "eager":
         model = load_model(str(GOLDEN), adm_flags=golden_flags)

@@ -24,6 +24,7 @@ import torch
 
 from diffloss_engine.errors import DiffLossError
 from diffloss_trt import DiffLoss
+from diffloss_trt.inputs import Backward
 
 # What loading checks at most is 1e-3 (plain form, fp32); images other than those that it checks on come out alike.
 TOLERANCE = 5e-3
@@ -41,7 +42,7 @@ def compute(loss: DiffLoss, seed: int = 0) -> dict[str, torch.Tensor]:
     return {"naturalness": terms.naturalness, "semantic": terms.semantic, "gradient": gradient}
 
 
-def load(folder: str, backend: str, backward: str) -> DiffLoss:
+def load(folder: str, backend: str, backward: Backward) -> DiffLoss:
     """Open a loss in which both terms weigh alike."""
     return DiffLoss.load(folder, backend, "cpu", 1.0, 1.0, backward=backward)
 
@@ -59,7 +60,7 @@ class Openings:
             self.seen.append(args[0])
 
 
-def judge(request: dict[str, str], expected: dict[str, torch.Tensor], openings: Openings) -> tuple[str, str]:
+def judge(request: dict[str, Any], expected: dict[str, torch.Tensor], openings: Openings) -> tuple[str, str]:
     """Return verdict and detail."""
     openings.seen, openings.watched = [], ("/etc/passwd", str(Path(request["folder"]).parent / "outside"))
     try:

@@ -51,8 +51,7 @@ def images(count: int = 3) -> tuple[Tensor, Tensor]:
 def make_step(network: Callable[[Tensor], Tensor], loss: DiffLoss) -> Step:
     def step(degraded: Tensor, target: Tensor) -> Tensor:
         restored = network(degraded)
-        total: Tensor = F.mse_loss(restored, target) + loss(restored, target)
-        return total
+        return F.mse_loss(restored, target) + loss(restored, target)
 
     return step
 
@@ -283,12 +282,11 @@ def test_what_is_not_one_graph_says_so(exported: Exported, scheduler: Any) -> No
 
 @pytest.mark.slow
 def test_what_is_not_one_graph_is_right_in_several(exported: Exported, scheduler: Any, network: nn.Module) -> None:
-    given = {"timesteps": torch.tensor([5, 400, 999]), "noise": torch.randn(3, 3, 16, 16)}
+    given: dict[str, Any] = {"timesteps": torch.tensor([5, 400, 999]), "noise": torch.randn(3, 3, 16, 16)}
     reference = DiffLoss.from_unet(make_unet(dtype=torch.float32), scheduler, **SETTINGS)
     for loss in (reference, load(exported, backward="recompute")):
 
         def step(degraded: Tensor, target: Tensor, loss: DiffLoss = loss) -> Tensor:
-            total: Tensor = loss(network(degraded), target, **given)
-            return total
+            return loss(network(degraded), target, **given)
 
         assert same(run(torch.compile(step, backend="aot_eager"), network), run(step, network), 1e-5)

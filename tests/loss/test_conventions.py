@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffloss_engine.errors import BundleError, InputError, InputTypeError
 from diffloss_trt import DiffLoss, NoiseSchedule
-from diffloss_trt.conventions import DiffLossCriterion, PerceptualDiffLoss
+from diffloss_trt.conventions import DiffLossCriterion, PerceptualDiffLoss, Reduction
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -40,7 +40,7 @@ def value_and_gradient(loss_fn: Callable[..., Tensor], images: Batch, scale: flo
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_criterion_is_the_loss_weighted_and_reduced(bundle: Path, images: Batch, reduction: str) -> None:
+def test_criterion_is_the_loss_weighted_and_reduced(bundle: Path, images: Batch, reduction: Reduction) -> None:
     criterion = DiffLossCriterion(bundle, loss_weight=3.0, reduction=reduction, naturalness_weight=0.1, device="cpu")
     plain = DiffLoss.load(bundle, naturalness_weight=0.1, device="cpu", reduction="none")
     (found, gradient), (each, of_each) = (value_and_gradient(loss_fn, images) for loss_fn in (criterion, plain))
@@ -79,7 +79,7 @@ def test_attributes_that_such_packages_have(bundle: Path) -> None:
 
 def test_wrong_options_are_refused_when_the_loss_is_made(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="reduction is 'max'; expected 'none', 'mean' or 'sum'"):
-        DiffLossCriterion(bundle, reduction="max")
+        DiffLossCriterion(bundle, reduction="max")  # type: ignore[arg-type]
     with pytest.raises(BundleError, match="does not exist"):
         PerceptualDiffLoss(tmp_path / "none")
     # YAML 1.1 takes 1e-3, without a point, for a text.
@@ -103,7 +103,7 @@ def test_settings_are_checked_when_they_are_assigned(bundle: Path) -> None:
     with pytest.raises(InputError, match="loss_weight is nan"):
         criterion.loss_weight = float("nan")
     with pytest.raises(InputError, match="reduction is 'average'"):
-        criterion.reduction = "average"
+        criterion.reduction = "average"  # type: ignore[assignment]
     assert (criterion.loss_weight, criterion.reduction) == (2.0, "sum")
 
 

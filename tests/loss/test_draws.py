@@ -202,7 +202,7 @@ def test_a_draw_is_made_where_one_is_needed(make_loss: Callable[[int | None], Di
     loss(image, other, generator=torch.Generator())
     assert loss.draws.count == 0
     generator = copy.deepcopy(loss.draws).generator(CPU)
-    given = {
+    given: dict[str, Any] = {
         "timesteps": torch.randint(1000, (2,), generator=generator),
         "noise": torch.randn(2, 3, 16, 16, generator=generator),
     }

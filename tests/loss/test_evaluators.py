@@ -31,6 +31,7 @@ from diffloss_export.verify import verify_bundle
 from diffloss_trt import DiffLoss, NoiseSchedule
 from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
 from diffloss_trt.evaluators import FusedEvaluator, RecomputeEvaluator
+from diffloss_trt.inputs import Backward
 from diffloss_trt.tolerances import DIFFERENCE, PLAIN
 from exports import edit_json
 from unets import make_unet
@@ -153,7 +154,7 @@ def test_fused_gradient_needs_no_unet_in_pytorch(exported: Exported, batch: Batc
     loss, reference = losses(exported, "onnxruntime")
     assert isinstance(loss.evaluator, FusedEvaluator)
     assert not [value for value in vars(loss.evaluator).values() if isinstance(value, torch.nn.Module)]
-    calls = count_calls(reference.evaluator.unet.unet)  # type: ignore[union-attr]
+    calls = count_calls(reference.evaluator.unet.unet)  # type: ignore[attr-defined]
     value_and_gradient(loss, batch, torch.float32)
     assert not calls
 
@@ -224,8 +225,7 @@ def test_checkpointed_step_is_the_same(exported: Exported, batch: Batch) -> None
     restored, target, noise = (tensor.float() for tensor in batch[:3])
 
     def step(image: Tensor) -> Tensor:
-        total: Tensor = loss(torch.tanh(image), target, noise=noise, timesteps=batch[3])
-        return total.sum()
+        return loss(torch.tanh(image), target, noise=noise, timesteps=batch[3]).sum()
 
     gradients = []
     for run in (step, lambda image: checkpoint(step, image, use_reentrant=False)):
@@ -277,7 +277,8 @@ def test_names_that_were_not_agreed_on(exported: Exported, tmp_path: Path, graph
     folder = shutil.copytree(exported[0], tmp_path / "bundle")
     edit_json(folder / "manifest.json", rename)
     said = rf"the {graph} graph takes .* but in this bundle it takes (else|.* returns else)"
-    for backend, backward in (("torch", "fused"), ("onnxruntime", "fused"), ("onnxruntime", "recompute")):
+    ways: list[tuple[str, Backward]] = [("torch", "fused"), ("onnxruntime", "fused"), ("onnxruntime", "recompute")]
+    for backend, backward in ways:
         with pytest.raises(BundleError, match=said):
             DiffLoss.load(folder, backend, "cpu", backward=backward)
     with pytest.raises(BundleError, match=said):
@@ -303,7 +304,8 @@ def test_shapes_that_were_not_agreed_on(
 
     folder = shutil.copytree(exported[0], tmp_path / "bundle")
     edit_json(folder / "manifest.json", reshape)
-    for backend, backward in (("torch", "fused"), ("onnxruntime", "recompute")):
+    ways: list[tuple[str, Backward]] = [("torch", "fused"), ("onnxruntime", "recompute")]
+    for backend, backward in ways:
         with pytest.raises(BundleError, match=re.escape(expected)):
             DiffLoss.load(folder, backend, "cpu", backward=backward)
 
@@ -395,7 +397,7 @@ def test_a_recompute_loss_is_checked_wherever_it_is_opened(
 
 
 @pytest.mark.parametrize("backward", ["fused", "recompute"])
-def test_images_have_the_size_of_the_bundle_in_pytorch_too(exported: Exported, backward: str) -> None:
+def test_images_have_the_size_of_the_bundle_in_pytorch_too(exported: Exported, backward: Backward) -> None:
     loss = DiffLoss.load(exported[0], "torch", "cpu", backward=backward)
     height, width = loss.resolution or (0, 0)
     with pytest.raises(InputError, match="the bundle's size"):

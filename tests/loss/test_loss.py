@@ -7,7 +7,7 @@ import logging
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffloss_engine.errors import BackendUnavailableError, BundleError, InputError, InputTypeError
 from diffloss_trt import DiffLoss, NoiseSchedule
+from diffloss_trt.inputs import Backward
 from unets import KINDS, make_unet
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -160,7 +161,7 @@ def test_samples_do_not_see_each_other(scheduler: Any, make_batch: Callable[...,
 def test_reduction(scheduler: Any, batch: Batch) -> None:
     unet = make_unet()
     each, mean = (make_loss(unet, scheduler, reduction=name) for name in ("none", "mean"))
-    known = {"noise": batch[2], "timesteps": batch[3]}
+    known: dict[str, Any] = {"noise": batch[2], "timesteps": batch[3]}
     values = each(batch[0], batch[1], **known)
     assert values.shape == (3,)
     assert mean(batch[0], batch[1], **known).shape == ()
@@ -175,7 +176,7 @@ def test_value_range(bounds: Any, scheduler: Any, batch: Batch) -> None:
     restored, target, noise, timesteps = batch
     mapped = tuple((image + 1) / 2 * (high - low) + low for image in (restored, target))
     plain, other = make_loss(unet, scheduler), make_loss(unet, scheduler, value_range=bounds)
-    known = {"noise": noise, "timesteps": timesteps}
+    known: dict[str, Any] = {"noise": noise, "timesteps": timesteps}
     torch.testing.assert_close(other(*mapped, **known), plain(restored, target, **known), rtol=1e-9, atol=0)
     gradient = gradient_of(other, (mapped[0], mapped[1], noise, timesteps))
     torch.testing.assert_close(gradient, gradient_of(plain, batch) * 2 / (high - low), rtol=1e-6, atol=1e-15)
@@ -187,7 +188,7 @@ def test_autocast_and_no_grad_change_nothing(
 ) -> None:
     loss = make_loss(make_unet(dtype=unet_dtype), scheduler)
     batch = make_batch(dtype=torch.float32)
-    known = {"noise": batch[2], "timesteps": batch[3]}
+    known: dict[str, Any] = {"noise": batch[2], "timesteps": batch[3]}
     expected, gradient = loss(batch[0], batch[1], **known), gradient_of(loss, batch)
     assert expected.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
@@ -241,7 +242,7 @@ def test_nothing_to_train_and_nothing_to_save(scheduler: Any, batch: Batch) -> N
     loss = make_loss(make_unet(dropout=0.3), scheduler)
     for found in (loss.parameters(), loss.buffers(), loss.state_dict()):
         assert not list(found)
-    known = {"noise": batch[2], "timesteps": batch[3]}
+    known: dict[str, Any] = {"noise": batch[2], "timesteps": batch[3]}
     expected = loss(batch[0], batch[1], **known)
     for same in (loss.train(), loss.half(), loss.float(), loss.to("cpu"), loss.requires_grad_(True)):
         assert torch.equal(same(batch[0], batch[1], **known), expected)
@@ -261,7 +262,7 @@ def test_copies_give_the_same_values(scheduler: Any, batch: Batch) -> None:
 
 def test_scheduler_or_schedule(batch: Batch) -> None:
     unet, scheduler = make_unet(), DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="sample")
-    known = {"noise": batch[2], "timesteps": batch[3]}
+    known: dict[str, Any] = {"noise": batch[2], "timesteps": batch[3]}
     one = make_loss(unet, scheduler)(batch[0], batch[1], **known)
     other = make_loss(unet, NoiseSchedule.from_scheduler(scheduler))(batch[0], batch[1], **known)
     assert torch.equal(one, other)
@@ -325,7 +326,7 @@ BATCHES = [
 def test_a_batch_that_wastes_the_bundles_is_warned_of_once(
     counts: list[int],
     said: tuple[int, int] | None,
-    backward: str,
+    backward: Backward,
     exported: tuple[Path, Any, NoiseSchedule],
     make_batch: Callable[..., Batch],
     caplog: pytest.LogCaptureFixture,
@@ -374,7 +375,7 @@ def test_nothing_computed_is_nothing_wasted(
 @pytest.mark.parametrize("backward", ["fused", "recompute"])
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
 def test_another_default_device_changes_nothing(
-    backend: str, backward: str, exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]
+    backend: str, backward: Backward, exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]
 ) -> None:
     """As trainers set one; "meta" stands for any that is not the loss's."""
     restored, target, *_ = make_batch(dtype=torch.float32)
@@ -388,7 +389,7 @@ def test_another_default_device_changes_nothing(
 @pytest.mark.parametrize("backward", ["fused", "recompute"])
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
 def test_another_default_dtype_changes_nothing(
-    backend: str, backward: str, exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]
+    backend: str, backward: Backward, exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]
 ) -> None:
     restored, target, *_ = make_batch(dtype=torch.float32)
     found = []
@@ -405,7 +406,7 @@ def test_another_default_dtype_changes_nothing(
 
 @pytest.mark.parametrize("backward", ["fused", "recompute"])
 def test_what_is_loaded_for_inference_trains(
-    backward: str, exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]
+    backward: Backward, exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]
 ) -> None:
     with torch.inference_mode():
         loss = DiffLoss.load(exported[0], "onnxruntime", "cpu", backward=backward, value_range=(-1, 1))
@@ -435,15 +436,15 @@ def test_a_path_may_begin_at_home(exported: tuple[Path, Any, NoiseSchedule], mon
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_what_would_follow_what_is_on_no_tape_is_refused(
     transform: Callable[..., Any],
-    computed_by: str,
+    computed_by: Literal["fused", "recompute", "a UNet in half precision"],
     exported: tuple[Path, Any, NoiseSchedule],
     make_batch: Callable[..., Batch],
 ) -> None:
     folder, unet, schedule = exported
-    if computed_by in ("fused", "recompute"):
-        loss = DiffLoss.load(folder, "onnxruntime", "cpu", backward=computed_by, value_range=(-1, 1))
-    else:
+    if computed_by == "a UNet in half precision":
         loss = DiffLoss.from_unet(copy.deepcopy(unet).bfloat16(), schedule, value_range=(-1, 1))
+    else:
+        loss = DiffLoss.load(folder, "onnxruntime", "cpu", backward=computed_by, value_range=(-1, 1))
     restored, target, *_ = make_batch(count=4, dtype=torch.float32)
     with pytest.raises(InputTypeError, match=r"torch\.func or forward-mode"):
         transform(lambda images: loss(images, target[: len(images)]), restored)
@@ -456,7 +457,37 @@ def test_what_would_follow_what_is_on_no_tape_is_refused(
 def test_a_generator_is_one(exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]) -> None:
     restored, target, *_ = make_batch(count=4, dtype=torch.float32)
     with pytest.raises(InputTypeError, match=r"generator is a int; expected a torch\.Generator"):
-        DiffLoss.load(exported[0], "torch", "cpu")(restored, target, generator=5)
+        DiffLoss.load(exported[0], "torch", "cpu")(restored, target, generator=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("way", ["fused", "recompute", "a UNet"])
+def test_a_device_that_load_refuses_is_none_to_move_to(
+    way: Literal["fused", "recompute", "a UNet"],
+    exported: tuple[Path, Any, NoiseSchedule],
+    scheduler: Any,
+    make_batch: Callable[..., Batch],
+) -> None:
+    restored, target, *_ = make_batch(dtype=torch.float32)
+    if way == "a UNet":
+        loss = make_loss(make_unet(dtype=torch.float32), scheduler, seed=0)
+    else:
+        loss = DiffLoss.load(exported[0], "torch", "cpu", backward=way, value_range=(-1, 1), seed=0)
+    with pytest.raises(InputError, match="device is meta; expected 'cpu', 'cuda' or 'cuda:N'"):
+        loss.to("meta")
+    assert loss.to("cpu")(restored, target).isfinite().all()
+
+
+def test_where_it_comes_from_can_be_read_and_not_assigned(exported: tuple[Path, Any, NoiseSchedule]) -> None:
+    folder, unet, schedule = exported
+    fused = DiffLoss.load(folder, "onnxruntime", "cpu")
+    eager = DiffLoss.from_unet(unet, schedule)
+    assert (fused.backend, fused.backward) == ("onnxruntime", "fused")
+    assert (eager.backend, eager.backward) == ("torch", "recompute")
+    assert eager.schedule is schedule
+    assert torch.equal(fused.schedule.alphas_cumprod, schedule.alphas_cumprod)
+    for name in ("schedule", "backend", "backward"):
+        with pytest.raises(AttributeError):
+            setattr(fused, name, "torch")
 
 
 def test_load_refuses_what_it_cannot_do(exported: tuple[Path, Any, NoiseSchedule], tmp_path: Path) -> None:
@@ -466,7 +497,7 @@ def test_load_refuses_what_it_cannot_do(exported: tuple[Path, Any, NoiseSchedule
     with pytest.raises(BackendUnavailableError, match="onnxruntime-tensorrt is not used on device cpu"):
         DiffLoss.load(folder, backend="onnxruntime-tensorrt", device="cpu")
     with pytest.raises(InputError, match="backward is 'twice'; expected"):
-        DiffLoss.load(folder, backward="twice")
+        DiffLoss.load(folder, backward="twice")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="device is 'gpu'; expected 'cpu', 'cuda'"):
         DiffLoss.load(folder, device="gpu")
     for device in (3.5, ["cpu"]):

@@ -20,6 +20,7 @@ from diffloss_engine.errors import BackendError, InputError
 from diffloss_export.models import LoadedModel
 from diffloss_export.pipeline import export_bundle
 from diffloss_trt import DiffLoss, NoiseSchedule
+from diffloss_trt.inputs import Nonfinite
 from diffloss_trt.nonfinite import nonfinite_results
 from diffloss_trt.objective import Terms
 from exports import make_schedule
@@ -182,7 +183,7 @@ def test_without_a_scaler_the_weights_are_lost(exported: Exported) -> None:
 
 def test_the_engine_is_not_run_on_what_is_no_image(exported: Exported) -> None:
     loss = DiffLoss.load(exported[0], "onnxruntime", "cpu", nonfinite="skip", seed=1)
-    loss.evaluator.session("gradient").close()  # type: ignore[union-attr]
+    loss.evaluator.session("gradient").close()  # type: ignore[attr-defined]
     degraded, target = batch(0)
     degraded[2, 0, 0, 0] = math.inf
     degraded.requires_grad_()
@@ -228,7 +229,7 @@ def test_an_engine_that_overflows(overflowing: tuple[Path, Any], caplog: pytest.
 
 @pytest.mark.parametrize("nonfinite", ["error", "skip"])
 def test_compiled_steps_do_the_same(
-    nonfinite: str, exported: Exported, overflowing: tuple[Path, Any], caplog: pytest.LogCaptureFixture
+    nonfinite: Nonfinite, exported: Exported, overflowing: tuple[Path, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.compiler.reset()
     for folder, bad, error in (
@@ -252,7 +253,7 @@ def test_compiled_steps_do_the_same(
 
 
 def test_noise_that_is_given(make_loss: MakeLoss) -> None:
-    given = draws(0)
+    given: dict[str, Any] = draws(0)
     given["noise"][2, 1, 0, 0] = math.nan
     with pytest.raises(InputError, match=r"call 1 of this loss: noise holds NaN or infinite values in images \[2\] of"):
         make_loss()(*batch(0), **given)

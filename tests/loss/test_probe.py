@@ -22,8 +22,19 @@ from diffloss_engine.plan_cache import PlanCache
 from diffloss_engine.trt_build import FLAVOURS, build_plan
 from diffloss_trt import DiffLoss, NoiseSchedule
 from diffloss_trt.contract import GRADIENT, REFERENCE, SEMANTIC_GRADIENT, UNET_CONFIG, UNET_WEIGHTS
-from diffloss_trt.probe import Probe, Result, deviations, held_to, record, recorded
-from diffloss_trt.tolerances import DIFFERENCE
+from diffloss_trt.inputs import Backward
+from diffloss_trt.probe import (
+    CHECK_WEIGHTS,
+    Probe,
+    Result,
+    deviations,
+    first_beyond,
+    held_to,
+    record,
+    recorded,
+    run_evaluator,
+)
+from diffloss_trt.tolerances import DIFFERENCE, Tolerance
 from exports import edit_json, rehash, repoint
 
 Exported = tuple[Path, Any, NoiseSchedule]
@@ -70,6 +81,18 @@ def test_what_is_recorded_is_the_eager_loss(exported: Exported) -> None:
             torch.testing.assert_close(result.naturalness, terms.naturalness, rtol=1e-6, atol=0)
         else:
             assert result.naturalness is None
+
+
+def test_an_evaluator_with_a_gradient_of_its_own_is_run_too(exported: Exported) -> None:
+    bundle = Bundle.open(exported[0])
+    found = recorded(bundle)
+    assert found is not None
+    probe, expected = found
+    evaluator = DiffLoss.load(bundle.path, "onnxruntime", "cpu").evaluator
+    for graph, weights in CHECK_WEIGHTS.items():
+        result = run_evaluator(evaluator, probe, weights, torch.float32)
+        assert first_beyond(result, expected[graph], DIFFERENCE["fp32"]) is None
+        assert first_beyond(result, expected[graph], Tolerance(0.0, 0.0, 1.0)) is not None
 
 
 @pytest.mark.parametrize("weights", [(1e-3, 1e-6), (0.0, 1.0)])
@@ -265,7 +288,7 @@ def configure(**changes: Any) -> Callable[[Path], None]:
     ],
 )
 def test_what_altered_bundles_were_once_taken_for(
-    copied: Path, alter: Callable[[Path], None], way: tuple[str, str], error: type[Exception], message: str
+    copied: Path, alter: Callable[[Path], None], way: tuple[str, Backward], error: type[Exception], message: str
 ) -> None:
     """With hashes that fit, as somebody would alter them on purpose; found by `tests/fuzz/run.py`."""
     alter(copied)

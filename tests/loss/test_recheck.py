@@ -54,7 +54,7 @@ def test_a_weight_that_is_altered_after_loading(weights: tuple[float, float], ex
     loss = load(exported[0], "torch", weights, check_every=3)
     for number in range(3):
         loss(*images(number))
-    program: Any = loss.evaluator.session(GRAPHS[weights])._program  # type: ignore[union-attr]
+    program: Any = loss.evaluator.session(GRAPHS[weights])._program  # type: ignore[attr-defined]
     # Of the first convolution, which everything goes through.
     weight = next(buffer for buffer in program.buffers() if buffer.shape[1:] == (3, 3, 3))
     weight[0] *= 1.05
@@ -108,11 +108,11 @@ class Miscompiled(nn.Module):
 def test_one_percent_of_each_quantity_is_found(weights: tuple[float, float], exported: Exported) -> None:
     loss = load(exported[0], "torch", weights, check_every=1)
     evaluator, graph = loss.evaluator, GRAPHS[weights]
-    session: Any = evaluator.session(graph)  # type: ignore[union-attr]
+    session: Any = evaluator.session(graph)  # type: ignore[attr-defined]
     for place, spec in enumerate(session.outputs):
         for factor in (1.0, 1.01):
             program = Miscompiled(session._program, place, factor)
-            evaluator.sessions[graph] = TorchSession(program, session.inputs, session.outputs, session.device)  # type: ignore[union-attr]
+            evaluator.sessions[graph] = TorchSession(program, session.inputs, session.outputs, session.device)  # type: ignore[attr-defined]
             if factor == 1.0:
                 loss(*images(0))
         with pytest.raises(ParityError, match=said(2 * place + 2, "torch", graph, spec.name)):

@@ -69,10 +69,9 @@ class Step(nn.Module):
         self.network = network
         self.loss = loss
 
-    def forward(self, degraded: Tensor, target: Tensor, **given: Tensor) -> Tensor:
+    def forward(self, degraded: Tensor, target: Tensor, **given: Any) -> Tensor:
         restored = self.network(degraded)
-        total: Tensor = F.mse_loss(restored, target) + self.loss(restored, target, **given)
-        return total
+        return F.mse_loss(restored, target) + self.loss(restored, target, **given)
 
 
 def train_as_rank(rank: int, folder: Path, bundle: Path, device: str) -> None:
@@ -153,7 +152,7 @@ def test_autocast_around_network_and_loss(exported: Exported, dtype: torch.dtype
     """Given the same restored images the loss is the same to the last bit: it leaves them no digits to lose."""
     loss, network = load(exported[0]), make_network()
     degraded, target = images()
-    given = {"noise": torch.randn(4, 3, 16, 16), "timesteps": torch.tensor([5, 100, 400, 999])}
+    given: dict[str, Any] = {"noise": torch.randn(4, 3, 16, 16), "timesteps": torch.tensor([5, 100, 400, 999])}
     with torch.autocast("cpu", dtype):
         restored = network(degraded)
         assert restored.dtype == dtype
@@ -219,7 +218,7 @@ def test_grad_scaler_skips_a_step(exported: Exported) -> None:
 
 def test_gradients_accumulate_over_small_batches(exported: Exported) -> None:
     step = Step(make_network().eval(), load(exported[0]))
-    given = {"noise": torch.randn(4, 3, 16, 16), "timesteps": torch.tensor([5, 100, 400, 999])}
+    given: dict[str, Any] = {"noise": torch.randn(4, 3, 16, 16), "timesteps": torch.tensor([5, 100, 400, 999])}
     step(*images(), **given).backward()
     whole = gradients(step)
     step.zero_grad()
@@ -266,8 +265,7 @@ def test_noise_that_cannot_be_drawn_again_is_noticed(exported: Exported) -> None
 
     def gradient(loss: DiffLoss, preserve: bool = True) -> Tensor:
         def step(image: Tensor) -> Tensor:
-            total: Tensor = loss(image, target).square()
-            return total
+            return loss(image, target).square()
 
         torch.manual_seed(1)
         total: Tensor = checkpoint(step, leaf, use_reentrant=False, preserve_rng_state=preserve)
@@ -343,7 +341,7 @@ class Judged(Dataset[Tensor]):
     def __getitem__(self, number: int) -> Tensor:
         torch.manual_seed(number)
         with torch.no_grad():
-            value: Tensor = self.loss(*images(number)) if self.called else torch.zeros(())
+            value = self.loss(*images(number)) if self.called else torch.zeros(())
         return torch.stack([value, torch.tensor(float(torch.get_num_threads()))])
 
 
