@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from diffloss_engine.errors import InputError, InputTypeError
+from diffloss_trt.autograd import attach
 from diffloss_trt.inputs import check_choice, check_weight
 from diffloss_trt.loss import DiffLoss
+from diffloss_trt.objective import Terms
 
 Reduction = Literal["none", "mean", "sum"]
+# Of `DiffLoss.load`, and of the criteria here.
+_OPTIONS = [
+    name for name in inspect.signature(DiffLoss.load).parameters if name not in ("bundle", "reduction", "value_range")
+]
 
 
 class DiffLossCriterion(nn.Module):
@@ -19,13 +28,14 @@ class DiffLossCriterion(nn.Module):
 
     Args:
         bundle: the bundle's folder.
-        loss_weight: a factor of both terms.
+        loss_weight: a factor of both terms. With zero nothing is computed, and nothing drawn.
         reduction: over the batch: "mean", "sum", or "none" for a loss of each sample, [B].
         data_range: images are in [0, data_range].
+        value_range: or images are in [low, high].
         options: more options of `DiffLoss.load`, such as `naturalness_weight` and `backend`.
 
-    Raises InputError for a reduction that there is not or a `data_range` of 0, InputTypeError for a `value_range`, or a
-    `data_range` that is no number, and as `DiffLoss.load` does.
+    Raises InputError for a reduction that there is not, a `data_range` of 0 or both ranges, InputTypeError for an
+    option that there is not or a `data_range` that is no number, and as `DiffLoss.load` does.
     """
 
     lower_better = True
@@ -37,17 +47,23 @@ class DiffLossCriterion(nn.Module):
         *,
         loss_weight: float = 1.0,
         reduction: Reduction = "mean",
-        data_range: float = 1.0,
+        data_range: float | None = None,
+        value_range: Sequence[float] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        if "value_range" in options:
-            raise InputTypeError("value_range is no option here: images are in [0, data_range], so give data_range")
+        if unknown := options.keys() - _OPTIONS:
+            raise InputTypeError(f"there is no option {min(unknown)!r}; there is {', '.join(_OPTIONS)}")
         self.loss_weight = loss_weight
         self.reduction = reduction
-        if not (brightest := check_weight("data_range", data_range)):
-            raise InputError("data_range is 0; expected the value of white, such as 1.0 or 255")
-        self.loss_fn = DiffLoss.load(bundle, reduction="none", value_range=(0.0, brightest), **options)
+        if value_range is None:
+            brightest = check_weight("data_range", 1.0 if data_range is None else data_range)
+            if not brightest:
+                raise InputError("data_range is 0; expected the value of white, such as 1.0 or 255")
+            value_range = (0.0, brightest)
+        elif data_range is not None:
+            raise InputError("both data_range and value_range are given; expected one of them")
+        self.loss_fn = DiffLoss.load(bundle, reduction="none", value_range=value_range, **options)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "loss_weight":
@@ -58,7 +74,11 @@ class DiffLossCriterion(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, **draws: Any) -> Tensor:
         """Return the loss of `x` beside the ground truth `y`, both [B, C, H, W]; for `draws` see `DiffLoss.terms`."""
-        loss = self.loss_weight * self.loss_fn(x, y.detach(), **draws)
+        if self.loss_weight:
+            loss = self.loss_weight * self.loss_fn(x, y.detach(), **draws)
+        else:
+            nothing = torch.zeros(len(x), device=x.device)
+            loss = attach(Terms(nothing, nothing, nothing), x, torch.zeros_like(x)).total
         if self.reduction == "none":
             return loss
         return loss.mean() if self.reduction == "mean" else loss.sum()

@@ -65,6 +65,9 @@ class _Wanted(NamedTuple):
 def _open(bundle: Bundle, backend: str, device: torch.device, wanted: _Wanted) -> Evaluator:
     if backend == "auto":
         return _open_fastest(bundle, device, wanted)
+    if backend == "onnxruntime" and bundle.precision == "bf16" and device.type == "cpu":
+        # Before its own words for that, which are about a node of the graph.
+        raise BackendUnavailableError("ONNX Runtime has no bf16 kernels for CPUs")
     if wanted.fused:
         evaluator = FusedEvaluator(bundle, backend, device, cuda_graph=wanted.cuda_graph)
         if any(wanted.weights):
@@ -87,6 +90,8 @@ def _open_fastest(bundle: Bundle, device: torch.device, wanted: _Wanted) -> Eval
     """Open the first backend that runs here and computes rightly, and say which, and why not those before it."""
     *candidates, last = _fastest_first(bundle, device, wanted.fused)
     reasons, level = "", logging.INFO
+    if device.type == "cpu" and bundle.precision == "bf16" and not has_bfloat16(device):
+        reasons = "; not inductor, because this processor does not multiply bf16"
     for backend in candidates:
         try:
             evaluator = _open(bundle, backend, device, wanted)

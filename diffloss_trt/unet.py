@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import BundleError, ModelError
+from diffloss_engine.errors import BackendUnavailableError, BundleError, ModelError, first_line
 from diffloss_engine.exclusive import exclusive
 from diffloss_engine.tensor_files import load_tensors
 from diffloss_trt.contract import UNET_CONFIG, UNET_WEIGHTS
@@ -167,9 +167,17 @@ def check_unet(unet: Any) -> None:
 
 
 def reload_unet(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Any:
-    """Make the `diffusers.UNet2DModel` of a bundle; `BundleError` if its weights do not fit its configuration."""
+    """Make the `diffusers.UNet2DModel` of a bundle.
+
+    Raises BundleError if its weights do not fit its configuration, BackendUnavailableError without a working diffusers.
+    """
     config = bundle.read_json(UNET_CONFIG)
     weights = load_tensors(bundle.file(UNET_WEIGHTS))
+    try:
+        with exclusive:
+            from diffusers import UNet2DModel  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        raise BackendUnavailableError(f"diffusers cannot be imported: {first_line(error)}") from error
     try:
         with exclusive:
             unet = build_unet(config)

@@ -260,3 +260,17 @@ def test_advice(report: Report, changes: dict[str, Any], parts: list[str]) -> No
     assert len(advice) == len(parts)
     for sentence, part in zip(advice, parts, strict=True):
         assert part in sentence
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is of CPUs")
+def test_a_bf16_bundle_on_a_cpu_says_why(
+    exported: Callable[..., Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DIFFLOSS_CACHE", str(tmp_path))
+    monkeypatch.setattr("diffloss_trt.opening.has_bfloat16", lambda _: False)
+    with caplog.at_level("WARNING"):
+        DiffLoss.load(exported(precision="bf16").bundle.path, device="cpu")
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert "not inductor, because this processor does not multiply bf16" in message
+    assert message.endswith("not onnxruntime, because: ONNX Runtime has no bf16 kernels for CPUs")

@@ -93,8 +93,34 @@ def test_wrong_options_are_refused_when_the_loss_is_made(bundle: Path, tmp_path:
         DiffLossCriterion(bundle, data_range=(0, 1))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="data_range is 0; expected the value of white"):
         DiffLossCriterion(bundle, data_range=0)
-    with pytest.raises(InputTypeError, match=r"value_range is no option here: .* give data_range"):
-        DiffLossCriterion(bundle, value_range=(0, 1))
+    with pytest.raises(InputError, match="both data_range and value_range are given"):
+        DiffLossCriterion(bundle, value_range=(-1, 1), data_range=2.0)
+    with pytest.raises(
+        InputTypeError, match="there is no option 'weight'; there is backend, device, naturalness_weight"
+    ):
+        DiffLossCriterion(bundle, weight=1)
+
+
+def test_images_around_zero(bundle: Path, images: Batch) -> None:
+    restored, target, noise, timesteps = images
+    draws = {"noise": noise, "timesteps": timesteps}
+    around_zero = DiffLossCriterion(bundle, device="cpu", value_range=(-1.0, 1.0))(
+        2 * restored - 1, 2 * target - 1, **draws
+    )
+    assert torch.allclose(around_zero, DiffLossCriterion(bundle, device="cpu")(restored, target, **draws), rtol=1e-3)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_weight_of_zero_computes_nothing(bundle: Path, images: Batch, reduction: Any) -> None:
+    criterion = DiffLossCriterion(bundle, device="cpu", loss_weight=0, reduction=reduction)
+    leaf = images[0].requires_grad_()
+    loss = criterion(leaf, images[1])
+    assert loss.shape == (() if reduction == "mean" else (len(leaf),))
+    assert not loss.any()
+    loss.sum().backward()
+    assert leaf.grad is not None
+    assert not leaf.grad.any()
+    assert criterion.loss_fn.calls == 0
 
 
 def test_settings_are_checked_when_they_are_assigned(bundle: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import pickle
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -442,3 +443,11 @@ def test_evaluators_describe_themselves(exported: Exported) -> None:
         assert loss.evaluator.schedule.prediction_type == reference.evaluator.schedule.prediction_type == "v_prediction"
         assert not list(loss.parameters())
         assert not loss.state_dict()
+
+
+def test_without_diffusers_it_is_not_the_bundle_that_is_blamed(
+    exported: tuple[Path, Any, NoiseSchedule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(BackendUnavailableError, match="diffusers cannot be imported"):
+        DiffLoss.load(exported[0], "torch", "cpu")
