@@ -147,6 +147,7 @@ with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
 """
 
 
+@pytest.mark.slow
 def test_the_exporter_works_and_leaves_what_it_finds() -> None:
     done = run(f"{PROGRAM}\nTRAINERS = {TRAINERS!r}\n{EXPORT}")
     assert done.returncode == 0, done.stderr

@@ -171,6 +171,7 @@ print(len(plan))
     assert {path.suffix for path in tmp_path.iterdir()} == {".lock"}
 
 
+@pytest.mark.slow
 def test_two_exports_into_one_place(export: Popen, tmp_path: Path) -> None:
     destination = tmp_path / "bundle"
     both = [export(destination) for _ in range(2)]

@@ -129,6 +129,7 @@ def fp32_settings() -> list[str]:
     return [mkldnn.matmul.fp32_precision, mkldnn.conv.fp32_precision]
 
 
+@pytest.mark.slow
 def test_loading_beside_losses_in_use(bundle: str) -> None:
     """Two threads load losses, which traces, while two others go on, and both find what one thread does."""
     losses = {weights: load(bundle, weights) for weights in WEIGHTS}

@@ -218,10 +218,10 @@ TRAINERS = [
 ]
 
 
-@pytest.mark.parametrize("trainers", [TRAINERS[2:3], pytest.param(TRAINERS, marks=pytest.mark.slow)])
-def test_beside_what_trainers_set(trainers: list[str], exported: Exported) -> None:
+@pytest.mark.slow
+def test_beside_what_trainers_set(exported: Exported) -> None:
     """Both engine and reference are traced in PyTorch, and neither minds the settings, nor leaves others."""
-    command = [sys.executable, "-c", TRAINER, str(exported[0]), "torch", *trainers]
+    command = [sys.executable, "-c", TRAINER, str(exported[0]), "torch", *TRAINERS]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2"] * len(trainers)
+    assert done.stdout.split() == ["2"] * len(TRAINERS)
