@@ -101,6 +101,7 @@ class FirstOfGroups(nn.Module):
         return ((image * factors)[..., :16] + 1,)
 
 
+@pytest.mark.slow
 def test_a_loop_over_part_of_a_group_is_whole() -> None:
     inputs = {"image": torch.randn(2, 8, 27), "factors": torch.randn(2, 3, 1)}
     specs = [TensorSpec(name, "float32", tuple(tensor.shape)) for name, tensor in inputs.items()]

@@ -224,7 +224,14 @@ def test_layouts(kind: str, tmp_path: Path) -> None:
     assert worst(unet(noisy, timesteps).sample, output) < allowed
 
 
-@pytest.mark.parametrize("kind", ["heads_of_unequal_size", "other_heads_on_the_way_up", "narrow_first_level"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "heads_of_unequal_size",
+        pytest.param("other_heads_on_the_way_up", marks=pytest.mark.slow),
+        pytest.param("narrow_first_level", marks=pytest.mark.slow),
+    ],
+)
 def test_what_diffusers_cannot_write_down_survives_in_a_bundle(kind: str, tmp_path: Path) -> None:
     network = random_network(kind)
     model = load_model(save(network.state, tmp_path), adm_flags=in_json(network.flags))
