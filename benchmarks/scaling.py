@@ -155,7 +155,7 @@ def _name(way: str, steps: Iterable[Step], setting: Setting) -> str:
     """Return what a curve's way is called: ours by the backend that "auto" took, or by each of them."""
     if way != OURS:
         return way
-    backends = " and ".join(dict.fromkeys(step.loss_fn.evaluator.backend for step in steps)) or "auto"
+    backends = " and ".join(dict.fromkeys(step.loss_fn.backend for step in steps)) or "auto"
     return f"{OURS}, {backends}, {PRECISION[setting.device.type]}"
 
 

@@ -54,10 +54,15 @@ def check_number(name: str, value: Any) -> float:
         return math.inf
 
 
+def check_pair(name: str, value: Any, example: str = "") -> None:
+    """Check that there are two bounds; what they are is not looked at."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise InputTypeError(f"{name} is {value!r}; expected (low, high){example}")
+
+
 def check_range(name: str, value: Any) -> tuple[float, float]:
     """Check a range of pixels; return it as (low, high)."""
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-        raise InputTypeError(f"{name} is {value!r}; expected (low, high), such as (0.0, 1.0)")
+    check_pair(name, value, ", such as (0.0, 1.0)")
     low, high = (check_number(f"a bound of {name}", bound) for bound in value)
     if not 0 < high - low < math.inf:
         raise InputError(f"{name} is ({low}, {high}); expected finite bounds with low < high")

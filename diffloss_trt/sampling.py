@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diffloss_engine.errors import InputError, InputTypeError
-from diffloss_trt.inputs import check_integer, check_steps, choose_device
+from diffloss_trt.inputs import check_integer, check_pair, check_steps, choose_device
 from diffloss_trt.schedule import NoiseSchedule
 
 # Weights [T], in any unit, of the timesteps: the same at every step of the training, or by its step.
@@ -126,8 +126,7 @@ class Annealed:
         check_steps(self.steps)
         _checked(self.density)
         for name, bounds in (("start", self.start), ("end", self.end)):
-            if not isinstance(bounds, Sequence) or isinstance(bounds, str) or len(bounds) != 2:
-                raise InputTypeError(f"{name} is {bounds!r}; expected (low, high)")
+            check_pair(name, bounds)
             for bound in bounds:
                 check_integer(f"a bound of {name}", bound)
         for step in (0, self.steps):

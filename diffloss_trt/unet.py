@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import BackendUnavailableError, BundleError, ModelError, first_line
+from diffloss_engine.errors import BackendUnavailableError, BundleError, ModelError
 from diffloss_engine.exclusive import exclusive
 from diffloss_engine.tensor_files import load_tensors
 from diffloss_trt.contract import UNET_CONFIG, UNET_WEIGHTS
@@ -175,16 +175,11 @@ def reload_unet(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Any
     weights = load_tensors(bundle.file(UNET_WEIGHTS))
     try:
         with exclusive:
-            from diffusers import UNet2DModel  # noqa: F401
-    except (ImportError, RuntimeError) as error:
-        raise BackendUnavailableError(f"diffusers cannot be imported: {first_line(error)}") from error
-    try:
-        with exclusive:
             unet = build_unet(config)
         unet.load_state_dict(
             {key: weight.to(device, dtype) for key, weight in weights.items()}, strict=True, assign=True
         )
-    except torch.OutOfMemoryError:
+    except (BackendUnavailableError, torch.OutOfMemoryError):
         raise
     # A constructor fed with wrong values raises anything.
     except Exception as error:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diffloss_engine.errors import BackendUnavailableError, first_line
+
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
@@ -42,9 +44,13 @@ def describe_unet(unet: UNet2DModel) -> dict[str, Any]:
 def build_unet(config: dict[str, Any]) -> UNet2DModel:
     """Make the UNet of a configuration, on the meta device: no weights are drawn.
 
-    Raises whatever diffusers does for settings that it cannot use, ValueError for those under `diffloss`.
+    Raises whatever diffusers does for settings that it cannot use, ValueError for those under `diffloss`, and
+    BackendUnavailableError if diffusers cannot be imported.
     """
-    from diffusers import UNet2DModel
+    try:
+        from diffusers import UNet2DModel
+    except (ImportError, RuntimeError) as error:
+        raise BackendUnavailableError(f"diffusers cannot be imported: {first_line(error)}") from error
 
     own = config.get(_OWN, {})
     if not isinstance(own, dict) or set(own) - {_HEADS, _SINUSOID} or not isinstance(own.get(_HEADS, {}), dict):

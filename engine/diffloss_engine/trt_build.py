@@ -169,10 +169,11 @@ def build_addition(trt: ModuleType) -> memoryview:
     """Build a plan that adds a number to itself: the least there is to try a GPU with."""
     logger = recording_logger(trt)
     builder = _working(trt, trt.Builder(logger), logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    network = _make_network(trt, builder, logger)
     number = network.add_input("number", trt.DataType.FLOAT, (1,))
     network.mark_output(network.add_elementwise(number, number, trt.ElementWiseOperation.SUM).get_output(0))
-    plan = builder.build_serialized_network(network, builder.create_builder_config())
+    config = _made(builder.create_builder_config(), logger, "make a configuration")
+    plan = builder.build_serialized_network(network, config)
     return memoryview(_made(plan, logger, "build a plan of one addition"))
 
 
@@ -202,9 +203,13 @@ def keep_timings(timings: bytes | memoryview, file: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _parse(trt: ModuleType, builder: Any, logger: Any, graph_file: Path) -> Any:
+def _make_network(trt: ModuleType, builder: Any, logger: Any) -> Any:
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = _made(builder.create_network(flags), logger, "make a network")
+    return _made(builder.create_network(flags), logger, "make a network")
+
+
+def _parse(trt: ModuleType, builder: Any, logger: Any, graph_file: Path) -> Any:
+    network = _make_network(trt, builder, logger)
     parser = _made(trt.OnnxParser(network, logger), logger, "make a parser")
     # By path, since external data is looked for beside the file.
     # Of an empty file the parser makes an empty network.

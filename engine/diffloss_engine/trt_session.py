@@ -196,7 +196,8 @@ def check_gpu(flavour: str) -> None:
     if flavour != "tensorrt-rtx" or f"SM{major}{minor}" in trt.ComputeCapability.__members__:
         return
     log = recording_logger(trt)
-    engine = make_runtime(trt, log).deserialize_cuda_engine(trt_build.build_addition(trt))
+    runtime = make_runtime(trt, log)
+    engine = runtime.deserialize_cuda_engine(trt_build.build_addition(trt))
     if engine is None or engine.create_execution_context() is None:
         raise BackendUnavailableError(
             f"plans of {flavour} {trt.__version__} do not run on {torch.cuda.get_device_name()} "
