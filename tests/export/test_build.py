@@ -171,6 +171,8 @@ def test_interrupted_leaves_no_plan(exported: Callable[..., Exported], folder: P
         "    on_stage(what)\n"
         "    return lambda phase, done: os.kill(os.getpid(), signal.SIGINT) if done > 0 else None\n"
         "build._teller = teller\n"
+        # A shell starts jobs in the background with SIGINT ignored, and children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     process = subprocess.run(
