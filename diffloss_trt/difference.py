@@ -1,8 +1,9 @@
 """Difference form: a network on pairs (value on the target, scaled difference to the restored image).
 
 The loss compares two nearly equal images, and in half precision their features cannot be subtracted: rounding eats the
-difference. So every activation is carried as (v, d): `v` on the target's branch, `v + s d` on the restored one, with
-one power of two `s` for each sample that keeps `d` at order one. No rule here subtracts near-equals:
+difference. So every activation is carried as (v, d): `v` on the target's branch, `v + s d` on the restored one. In
+float16 `s` is a power of two for each sample that keeps `d` at order one; other formats have exponents enough for any
+difference, and there it is 1. No rule here subtracts near-equals:
 
 - linear operations act on v and on d alike, without bias on d;
 - a product: d = v_a d_b + d_a (v_b + s d_b);
@@ -50,11 +51,12 @@ class Pair:
 class Tape:
     """What the rules share: the scale of the differences, the precision, and the way back.
 
-    scale: [B], positive, float32 or float64; the first axis of every activation is that of the samples.
+    scale: [B], powers of two in float32 or float64, or None for 1; the first axis of every activation is that of the
+        samples.
     dtype: that of convolutions and matrix products.
     """
 
-    def __init__(self, scale: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, scale: Tensor | None, dtype: torch.dtype) -> None:
         self.scale = scale
         self.dtype = dtype
         self._steps: list[tuple[Pair, tuple[Pair, ...], Pullback]] = []
@@ -84,7 +86,12 @@ class Tape:
 
     def scaled(self, difference: Tensor) -> Tensor:
         """Return the difference itself, in float32 at least."""
-        return wide(difference) * per_sample(self.scale, difference)
+        difference = wide(difference)
+        return difference if self.scale is None else difference * per_sample(self.scale, difference)
+
+    def unscaled(self, difference: Tensor) -> Tensor:
+        """Return what `scaled` makes the difference of."""
+        return difference if self.scale is None else difference * per_sample(1 / self.scale, difference)
 
     def restored(self, pair: Pair) -> Tensor:
         """Return the activation on the restored branch, in float32 at least."""
@@ -260,8 +267,8 @@ def attention(
     """`F.scaled_dot_product_attention` without mask, [B, heads, tokens, channels].
 
     The softmax's difference is (p_v + p_u) tanh(y / 2) with y = log(p_u / p_v), p_u being the restored branch's
-    probabilities. With x the difference of the logits, less its largest in the row (softmax does not notice), and
-    M = sum p_v expm1(x): tanh(y / 2) = (expm1(x) - M) / (2 + expm1(x) + M).
+    probabilities. With x the difference of the logits, less its largest in the row (softmax does not notice),
+    m = expm1(x) / 2 and M = sum p_v m: tanh(y / 2) = (m - M) / (1 + m + M).
     """
     if attn_mask is not None or is_causal or enable_gqa or dropout_p:
         raise ModelError("attention with a mask, dropout or grouped queries has no difference form")
@@ -275,14 +282,13 @@ def attention(
     p_v = logits.softmax(-1)
     p_u = (logits + difference).softmax(-1)
     t = torch.tanh((difference - difference.amax(-1, keepdim=True)) * 0.5)
-    m = 2 * t / (1 - t)  # expm1, which ONNX lacks; t is in (-1, 0], so that nothing cancels
+    m = t / (1 - t)  # by way of tanh, because ONNX lacks expm1; t is in (-1, 0], so that nothing cancels
     mean = (p_v * m).sum(-1, keepdim=True)
-    denominator = 2 + m + mean
-    # Where it is this small, both terms are near -1: a logit of the row has moved by about one. Then the subtraction of
-    # probabilities loses no more than the logits' own rounding, and the one in the quotient would.
-    p_d = torch.where(denominator > 1, (p_v + p_u) * (m - mean) / denominator.clamp(min=1), p_u - p_v)
-    p_d = p_d / per_sample(tape.scale, p_d)
-    p_u = tape.narrow(p_u)
+    denominator = m + (1 + mean)
+    # Where it is this small, both terms are near -1/2: a logit of the row has moved by about one. Then the subtraction
+    # of probabilities loses no more than the logits' own rounding, and the one in the quotient would.
+    p_d = torch.where(denominator > 0.5, (p_v + p_u) * (m - mean) / denominator.clamp(min=0.5), p_u - p_v)
+    p_u, p_d = tape.narrow(p_u), tape.narrow(tape.unscaled(p_d))
 
     def back(g: Tensor) -> Sequence[Tensor]:
         g = tape.narrow(g)
@@ -294,7 +300,7 @@ def attention(
         return of_logits @ k_u * factor, (q_u.mT @ of_logits).mT, (g.mT @ p_u).mT
 
     of_v, of_d = (tape.narrow(p_v) @ torch.cat([w_v, w_d], -1)).chunk(2, -1)
-    return tape.record(of_v, of_d + tape.narrow(p_d) @ w_u, [query, key, value], back)
+    return tape.record(of_v, of_d + p_d @ w_u, [query, key, value], back)
 
 
 def _operands(tape: Tape, pair: Pair, factor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -371,7 +377,6 @@ def group_norm(
     plain = shape[2:] if len(shape) == 4 else (pixels, 1)
     # An odd number of pixels has no shape that the last of the passes could take for its own.
     again = tape.dtype.itemsize < 4 and pixels >= _LARGE and pixels % 2 == 0
-    scale = tape.scale.view(-1, 1, 1, 1)
 
     def viewed(y: Tensor, *sides: int) -> Tensor:
         return y if y.shape[2:] == sides else y.reshape(batch, channels, *sides)
@@ -387,16 +392,15 @@ def group_norm(
         variance, variance_d = (
             (per.mean(y * y) - rest.square()).clamp(min=0) for y, rest in ((v, rest_v), (d, rest_d))
         )
-        s = tape.scale.view(-1, 1, 1)
-        delta = 2 * (per.mean(v * d) - rest_v * rest_d) + s * variance_d
-        variance_u = (variance + s * delta).clamp(min=0)
+        delta = 2 * (per.mean(v * d) - rest_v * rest_d) + tape.scaled(variance_d)
+        variance_u = (variance + tape.scaled(delta)).clamp(min=0)
         of_v, of_d = of_v + rest_v, of_d + rest_d
         v, d = halves(*plain)
     else:
         of_v, of_d = per.mean(v), per.mean(d)
     mean_v, mean_d = per.to_channels(of_v), per.to_channels(of_d)
     c, q = v - mean_v, d - mean_d
-    c_u = c + scale * q
+    c_u = c + tape.scaled(q)
     if not again:
         variance, variance_u, delta = per.mean(c * c), per.mean(c_u * c_u), per.mean((c + c_u) * q)
     r_v, r_u = (variance + eps).rsqrt(), (variance_u + eps).rsqrt()
@@ -413,14 +417,14 @@ def group_norm(
     y_d = q * gain_u + c * gain_k
     slope = None
     if activate:
-        y_v, y_d, slope = _silu_of_halves(y_v, y_d, scale)
+        y_v, y_d, slope = _silu_of_halves(tape, y_v, y_d)
 
     def restored(*sides: int) -> tuple[Tensor, Tensor | None]:
         """Return `c_u` and `slope`, computed again where that is what takes less time."""
         if not again:
             return c_u, slope
         v, d = halves(*sides)
-        centred = (v - mean_v) + scale * (d - mean_d)
+        centred = (v - mean_v) + tape.scaled(d - mean_d)
         y = centred * gain_u + offset
         return centred, _silu_slope(y, 1 + torch.tanh(y)) if activate else None
 
@@ -445,18 +449,19 @@ def group_norm(
 def silu(tape: Tape, x: Pair) -> Pair:
     """`F.silu`; for the form see `group_norm`."""
     v, d = wide(x.value) * 0.5, wide(x.difference) * 0.5
-    v, d, slope = _silu_of_halves(v, d, per_sample(tape.scale, v))
+    v, d, slope = _silu_of_halves(tape, v, d)
     return tape.record(v, d, [x], lambda g: [wide(g) * (0.5 * slope)])
 
 
-def _silu_of_halves(v: Tensor, d: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _silu_of_halves(tape: Tape, v: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return value and difference of silu(2v), and its derivative with respect to v on the restored branch."""
-    scaled = scale * d
+    scaled = tape.scaled(d)
     u = v + scaled
     t_v, t_u, t_d = torch.tanh(v), torch.tanh(u), torch.tanh(scaled)
-    twice_sigmoid = 1 + t_u
-    difference = d * twice_sigmoid + v * (1 - t_u * t_v) * (t_d * (1 / scale))
-    return v * (1 + t_v), difference, _silu_slope(u, twice_sigmoid)
+    twice_sigmoid, folded = 1 + t_u, v * t_v
+    # For v (1 + t_v) and v (1 - t_u t_v), with one operation less.
+    difference = d * twice_sigmoid + (v - t_u * folded) * tape.unscaled(t_d)
+    return v + folded, difference, _silu_slope(u, twice_sigmoid)
 
 
 def _silu_slope(half: Tensor, twice_sigmoid: Tensor) -> Tensor:

@@ -96,9 +96,9 @@ def _trace(tapped: TappedUNet, batch_size: int, resolution: tuple[int, int], wit
         index = inputs[TIMESTEPS].long()
         signal, of_noise = (constants[name][index].view(-1, 1, 1, 1) for name in (_SIGNAL_TABLE, _NOISE_TABLE))
         difference = signal * (inputs[RESTORED] - inputs[TARGET])
-        scale = power_of_two(difference.flatten(1).abs().amax(1))
+        scale = power_of_two(difference.flatten(1).abs().amax(1)) if tapped.dtype is torch.float16 else None
         tape = Tape(scale, tapped.dtype)
-        noisy = Pair(signal * inputs[TARGET] + of_noise * inputs[NOISE], difference / per_sample(scale, difference))
+        noisy = Pair(signal * inputs[TARGET] + of_noise * inputs[NOISE], tape.unscaled(difference))
         taps = captured.run_pair(tape, noisy, inputs[TIMESTEPS], weights, constants)
         terms, cotangents = terms_and_cotangents(
             *(tape.scaled(tap.difference) for tap in taps),
