@@ -54,12 +54,9 @@ class OrtSession:
         outputs: Sequence[TensorSpec],
         *,
         device: torch.device,
-        threads: int | None = None,
         backend: str = "onnxruntime",
         provider_options: Mapping[str, str] | None = None,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise InputError(f"threads is {threads}, expected at least 1, or None for torch's own number")
         if provider_options and device.type != "cuda":
             raise InputError(f"on device {device} ONNX Runtime takes no provider_options, and would not say so")
         runtime = import_runtime()
@@ -75,7 +72,7 @@ class OrtSession:
         if self._stream is not None:
             # Without this, each run would end by waiting for the GPU; torch's stream waits instead.
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        session = _create(runtime, graph_file, self._providers(provider, provider_options or {}), threads)
+        session = _create(runtime, graph_file, self._providers(provider, provider_options or {}))
         if provider not in session.get_providers():
             raise BackendUnavailableError(
                 f"ONNX Runtime opened {graph_file} with {session.get_providers()}, without the {provider} asked for; "
@@ -213,10 +210,10 @@ def _usable_provider(runtime: ModuleType, backend: str, device: torch.device) ->
 
 
 def _create(
-    runtime: ModuleType, graph_file: Path, providers: list[tuple[str, dict[str, str]]], threads: int | None
+    runtime: ModuleType, graph_file: Path, providers: list[tuple[str, dict[str, str]]]
 ) -> onnxruntime.InferenceSession:
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+    options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     # Spinning threads would steal cores from data loaders.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

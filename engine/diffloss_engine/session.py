@@ -57,20 +57,19 @@ def open_session(
     *,
     backend: str,
     device: torch.device,
-    threads: int | None = None,
     digest: str | None = None,
     precision: str | None = None,
 ) -> Session:
     """Load an ONNX file, whose integrity the caller has verified, into the runtime called `backend`.
 
-    threads: how many CPU threads one call may use; None takes torch's own number.
     digest, precision: of the file and its weights, for TensorRT, which keeps plans: see `open_plan`.
 
     Raises BackendUnavailableError if the backend is unknown, not installed, or cannot run this graph on `device`;
-    BundleError if the file is not a graph with these inputs and outputs; InputError if `threads` is below 1.
+    BundleError if the file is not a graph with these inputs and outputs; InputError if TensorRT is not told digest and
+    precision.
     """
     if backend in ORT_BACKENDS:
-        return OrtSession(graph_file, inputs, outputs, device=device, threads=threads, backend=backend)
+        return OrtSession(graph_file, inputs, outputs, device=device, backend=backend)
     if backend in FLAVOURS:
         from diffloss_engine.trt_session import open_plan
 

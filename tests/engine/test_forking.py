@@ -145,7 +145,7 @@ def test_a_fork_waits_for_runs_in_onnx_runtime(
     tmp_path: Path, save_conv: Callable[[Path, str], Graph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph, busy = save_conv(tmp_path, "float32"), Busy()
-    session = OrtSession(tmp_path / graph.file, graph.inputs, graph.outputs, device=torch.device("cpu"), threads=1)
+    session = OrtSession(tmp_path / graph.file, graph.inputs, graph.outputs, device=torch.device("cpu"))
     inputs = {spec.name: torch.zeros(spec.shape) for spec in graph.inputs}
     assert session._session is not None
     run = session._session.run_with_iobinding
