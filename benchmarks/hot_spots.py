@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ways import AUTOCAST, PRODUCTS, Images, Setting, make_images, ways
 
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.ort_session import import_runtime
+from diffloss_engine.ort_session import import_runtime, session_options
 from diffloss_trt.contract import GRADIENT
 
 _CPU: Final = torch.device("cpu")
@@ -56,12 +56,7 @@ def _of_pytorch(setting: Setting, images: Images, way: str, precision: str) -> d
 def _of_onnxruntime(bundle: Bundle) -> dict[str, Any]:
     """Profile the gradient graph as `OrtSession` runs it."""
     onnxruntime = import_runtime()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.enable_mem_pattern = False
-    options.log_severity_level = 3
+    options = session_options(onnxruntime)
     options.enable_profiling = True
     inputs = {spec.name: torch.rand(spec.shape).numpy() for spec in bundle.graphs[GRADIENT].inputs}
     with TemporaryDirectory() as folder:

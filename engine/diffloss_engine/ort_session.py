@@ -209,9 +209,8 @@ def _usable_provider(runtime: ModuleType, backend: str, device: torch.device) ->
     return provider
 
 
-def _create(
-    runtime: ModuleType, graph_file: Path, providers: list[tuple[str, dict[str, str]]]
-) -> onnxruntime.InferenceSession:
+def session_options(runtime: ModuleType) -> onnxruntime.SessionOptions:
+    """Return the options that graphs are opened with; a call takes as many CPU threads as torch has now."""
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
@@ -222,12 +221,18 @@ def _create(
     options.enable_mem_pattern = False
     # Errors come as exceptions; warnings about single nodes are not for the user of a loss.
     options.log_severity_level = 3
+    return options
+
+
+def _create(
+    runtime: ModuleType, graph_file: Path, providers: list[tuple[str, dict[str, str]]]
+) -> onnxruntime.InferenceSession:
     states = runtime.capi.onnxruntime_pybind11_state
     try:
         with unforked():
             session = runtime.InferenceSession(
                 graph_file,
-                sess_options=options,
+                sess_options=session_options(runtime),
                 providers=providers,
                 # Otherwise a provider that fails is replaced by another, with a line on stdout.
                 enable_fallback=0,
