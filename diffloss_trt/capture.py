@@ -113,9 +113,7 @@ class Captured:
         inputs: Sequence[Any],
         weights: Mapping[str, Tensor],
         constants: Mapping[str, Tensor],
-        execute: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] = lambda target, args, kwargs: target(
-            *args, **kwargs
-        ),
+        execute: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any],
     ) -> tuple[Any, ...]:
         """Return the module's results; `execute` is given each operation with its arguments."""
         found: dict[Node, Any] = dict(zip(self.inputs, inputs, strict=True))

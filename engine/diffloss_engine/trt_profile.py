@@ -12,6 +12,9 @@ from typing import Any
 from diffloss_engine.errors import BackendError, BackendUnavailableError
 from diffloss_engine.trt_build import import_flavour, make_runtime, recording_logger
 
+_WARM_UPS = 10
+_LAYER_RUNS = 10
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -50,9 +53,7 @@ def import_driver() -> ModuleType:
     return driver
 
 
-def profile_plan(
-    plan: bytes | memoryview, *, flavour: str, runs: int = 100, warm_ups: int = 10, layer_runs: int = 10
-) -> Profile:
+def profile_plan(plan: bytes | memoryview, *, flavour: str, runs: int) -> Profile:
     """Run a plan, which the caller trusts, on the first GPU, on zeros.
 
     Inputs go from pinned memory to the GPU before each run, outside of what is timed by events around it. Raises
@@ -63,14 +64,12 @@ def profile_plan(
     primary = driver.Device(0).retain_primary_context()
     primary.push()
     try:
-        return _measure(driver, trt, plan, runs, warm_ups, layer_runs)
+        return _measure(driver, trt, plan, runs)
     finally:
         primary.pop()
 
 
-def _measure(
-    driver: ModuleType, trt: ModuleType, plan: bytes | memoryview, runs: int, warm_ups: int, layer_runs: int
-) -> Profile:
+def _measure(driver: ModuleType, trt: ModuleType, plan: bytes | memoryview, runs: int) -> Profile:
     logger = recording_logger(trt)
     runtime = make_runtime(trt, logger)
     engine = runtime.deserialize_cuda_engine(plan)
@@ -93,16 +92,16 @@ def _measure(
         end.synchronize()
         return float(end.time_since(start))
 
-    for _ in range(warm_ups):
+    for _ in range(_WARM_UPS):
         run()
     times = tuple(run() for _ in range(runs))
     profiler = _profiler(trt)
     context.profiler = profiler
-    for _ in range(layer_runs):
+    for _ in range(_LAYER_RUNS):
         run()
     stream.synchronize()
     layers = sorted(profiler.totals.items(), key=lambda entry: -entry[1])
-    return Profile(times, {name: total / layer_runs for name, total in layers})
+    return Profile(times, {name: total / _LAYER_RUNS for name, total in layers})
 
 
 def _bind(driver: ModuleType, trt: ModuleType, engine: Any, context: Any) -> tuple[list[tuple[Any, Any]], list[Any]]:

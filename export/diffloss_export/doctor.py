@@ -45,7 +45,7 @@ _PACKAGES = (
 _TIMEOUT = 120
 
 
-def examine(bundle: Path | None = None) -> Report:
+def examine(bundle: Path | None) -> Report:
     """Return what this machine has, as JSON values.
 
     python, platform: in words. packages: versions of what is installed. gpus: what NVIDIA's driver knows.

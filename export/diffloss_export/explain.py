@@ -60,7 +60,7 @@ def explain(
     target: Tensor,
     *,
     tile: tuple[int, int],
-    draws: int = 8,
+    draws: int,
     seed: int = 0,
     on_stage: Callable[[str], None] = lambda _: None,
 ) -> Explanation:

@@ -22,7 +22,7 @@ _SHOWN = 20
 
 
 def profile_bundle(
-    bundle: Bundle, *, flavour: str, runs: int = 100, on_stage: Callable[[str], None] = lambda _: None
+    bundle: Bundle, *, flavour: str, runs: int, on_stage: Callable[[str], None] = lambda _: None
 ) -> dict[str, Profile]:
     """Run the plan of each graph, building it if it is not in the user's cache; by the graph's name.
 

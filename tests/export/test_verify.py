@@ -221,7 +221,6 @@ def test_probe_is_an_image_and_its_restoration_at_the_tables_distance(
     assert torch.equal(probe.restored, probe.restored.float().double())
     again = Probe.make(channels, resolution, torch.tensor([0, 5, 9]), wanted)
     assert torch.equal(probe.restored, again.restored)
-    assert not torch.equal(probe.restored, Probe.make(channels, resolution, probe.timesteps, wanted, seed=1).restored)
 
 
 @pytest.mark.parametrize("table", [PLAIN, DIFFERENCE], ids=["plain", "difference"])
