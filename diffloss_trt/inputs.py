@@ -19,6 +19,9 @@ Backward = Literal["fused", "recompute"]
 Reduction = Literal["mean", "none"]
 Nonfinite = Literal["error", "skip"]
 
+# Those of the authors' code; docs/training.md says how to choose others.
+DEFAULT_NATURALNESS_WEIGHT = 1e-3
+DEFAULT_SEMANTIC_WEIGHT = 1e-6
 # How far beyond `value_range` images may go, in widths of the range. Targets come from files and may overshoot by
 # resampling; a network that has just been initialised may be anywhere near, but not at 255 when told 1.
 TARGET_OVERSHOOT = 0.1

@@ -196,8 +196,8 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("-o", "--output", type=Path, required=True, metavar="PICTURE", help="what to draw, e.g. a PNG")
     explain.add_argument("--bundle", type=Path, metavar="BUNDLE", help="whose loss (default: the built-in prior's)")
     explain.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
-    explain.add_argument("--naturalness-weight", type=float, default=1e-3, metavar="W", help="default: 1e-3")
-    explain.add_argument("--semantic-weight", type=float, default=1e-6, metavar="W", help="default: 1e-6")
+    explain.add_argument("--naturalness-weight", type=float, metavar="W", help="default: 1e-3")
+    explain.add_argument("--semantic-weight", type=float, metavar="W", help="default: 1e-6")
     explain.add_argument(
         "--draws", type=int, default=8, metavar="N", help="number of (timestep, noise) draws (default: 8)"
     )
@@ -468,12 +468,9 @@ def _explain(args: argparse.Namespace) -> int:
     restored, target = read_images(args.restored, args.target, 3 if bundle is None else read_channels(bundle))
     with _stages() as on_stage:
         on_stage("loading")
-        loss, tile = load_loss(
-            bundle,
-            device=choose_device(args.device),
-            naturalness_weight=args.naturalness_weight,
-            semantic_weight=args.semantic_weight,
-        )
+        weights = {"naturalness_weight": args.naturalness_weight, "semantic_weight": args.semantic_weight}
+        given = {name: weight for name, weight in weights.items() if weight is not None}
+        loss, tile = load_loss(bundle, device=choose_device(args.device), **given)
         explanation = explain(loss, restored, target, tile=tile, draws=args.draws, seed=args.seed, on_stage=on_stage)
     write_picture(args.output, draw(explanation, restored).save)
     if args.json:

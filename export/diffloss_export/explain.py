@@ -115,14 +115,11 @@ def _starts(size: int, tile: int, shift: int) -> list[int]:
     return sorted({min(max(start, 0), size - tile) for start in range(shift - tile, size, tile)})
 
 
-def load_loss(
-    bundle: Bundle | None, *, device: torch.device, naturalness_weight: float, semantic_weight: float
-) -> tuple[DiffLoss, tuple[int, int]]:
+def load_loss(bundle: Bundle | None, *, device: torch.device, **weights: Any) -> tuple[DiffLoss, tuple[int, int]]:
     """Return the loss of a bundle, or of the built-in prior on eager PyTorch, and the size of the images it is for.
 
-    Raises as `DiffLoss.load` does.
+    weights: `naturalness_weight` and `semantic_weight`, which have the loss's defaults. Raises as `DiffLoss.load` does.
     """
-    weights: dict[str, Any] = {"naturalness_weight": naturalness_weight, "semantic_weight": semantic_weight}
     if bundle is not None:
         loss = DiffLoss.load(bundle.path, device=device, **weights)
         loss.warned.add(BATCH)  # the last tiles are few for any bundle, and this advice is for trainings
