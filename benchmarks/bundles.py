@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 import torch
 from configurations import CONFIGURATIONS, make_model, make_schedule
 
-from diffloss_engine.bundle import Bundle, BundleWriter
+from diffloss_engine.bundle import Bundle
+from diffloss_engine.bundle_writer import BundleWriter
 from diffloss_export.pipeline import write_graphs, write_unet
 from diffloss_trt.contract import PRECISIONS
 from diffloss_trt.unet import TappedUNet

@@ -1,6 +1,7 @@
 """Graphs, bundles and inference sessions: named tensors in, named tensors out, and nothing of diffusion."""
 
-from diffloss_engine.bundle import FORMAT_VERSION, MANIFEST, Bundle, BundleWriter, FileEntry, Graph, file_sha256
+from diffloss_engine.bundle import FORMAT_VERSION, MANIFEST, Bundle, FileEntry, Graph, file_sha256
+from diffloss_engine.bundle_writer import BundleWriter
 from diffloss_engine.errors import (
     BackendError,
     BackendUnavailableError,

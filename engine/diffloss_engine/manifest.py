@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -138,6 +139,16 @@ class Manifest:
             "graphs": {name: graph.to_json() for name, graph in self.graphs.items()},
             "files": {path: entry._asdict() for path, entry in self.files.items()},
         }
+
+    def to_text(self) -> str:
+        """Return the file's content, equal for equal fields. Raises BundleError for what `from_json` would refuse."""
+        try:
+            text = json.dumps(self.to_json(), indent=2, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise BundleError(f"{MANIFEST} cannot be written: {error}") from error
+        # What the reader would refuse is refused while there is still somebody to tell.
+        Manifest.from_json(json.loads(text))
+        return text + "\n"
 
     def _check_references(self) -> None:
         for graph in self.graphs.values():

@@ -238,7 +238,7 @@ def _resolution(text: str) -> tuple[int, int]:
 
 
 def _onnx(args: argparse.Namespace) -> int:
-    from diffloss_engine.bundle import BundleWriter
+    from diffloss_engine.bundle_writer import BundleWriter
     from diffloss_export.model_files import read_json
     from diffloss_export.models import load_model
     from diffloss_export.pipeline import export_bundle

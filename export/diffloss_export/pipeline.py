@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffloss_engine.bundle import Bundle, BundleWriter, Graph, file_sha256
+from diffloss_engine.bundle import Bundle, Graph, file_sha256
+from diffloss_engine.bundle_writer import BundleWriter
 from diffloss_engine.errors import InputError, ModelError
 from diffloss_engine.manifest import LARGEST_BATCH, LONGEST_SIDE
 from diffloss_engine.tensor_files import save_tensors

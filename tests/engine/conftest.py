@@ -11,7 +11,8 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from diffloss_engine.bundle import Bundle, BundleWriter, Graph, file_sha256
+from diffloss_engine.bundle import Bundle, Graph, file_sha256
+from diffloss_engine.bundle_writer import BundleWriter
 from diffloss_engine.tensors import DTYPES, TensorSpec
 
 SHAPE = (2, 3, 8, 8)

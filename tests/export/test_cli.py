@@ -14,7 +14,8 @@ from typing import NoReturn
 
 import pytest
 
-from diffloss_engine.bundle import MANIFEST, Bundle, BundleWriter, file_sha256
+from diffloss_engine.bundle import MANIFEST, Bundle, file_sha256
+from diffloss_engine.bundle_writer import BundleWriter
 from diffloss_engine.errors import BundleError
 from diffloss_export.cli import main
 from diffloss_export.pipeline import export_bundle
