@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.errors import ModelError, first_line
+from diffloss_engine.strict_json import MAX_BYTES
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WEIGHTS_INDEX = WEIGHTS + ".index.json"
 PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
 
-_MAX_JSON_BYTES = 16 * 2**20
 # Checkpoints from before diffusers 0.15, among them google/ddpm-*, name the attention projections so.
 _LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _LEGACY_NAME = re.compile(r"(?P<block>.*\.)(?P<layer>query|key|value|proj_attn)(?P<parameter>\.(?:weight|bias))")
@@ -32,12 +32,13 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: no such file")
     try:
         with path.open("rb") as file:
-            text = file.read(_MAX_JSON_BYTES + 1)
+            text = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(text) > _MAX_JSON_BYTES:
-        raise ModelError(f"{path}: larger than the {_MAX_JSON_BYTES} bytes expected at most")
+    if len(text) > MAX_BYTES:
+        raise ModelError(f"{path}: larger than the {MAX_BYTES} bytes expected at most")
     try:
+        # Not as strictly as a bundle's: diffusers writes -Infinity into some schedulers' configurations.
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON: {first_line(error)}") from error
