@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -28,7 +29,7 @@ from safetensors.torch import save_file
 from timing import interleaved
 from torch import Tensor
 
-from diffloss_engine.ort_session import OrtSession, import_runtime
+from diffloss_engine.ort_session import OrtSession, import_runtime, session_options
 from diffloss_export.models import load_model
 from diffloss_export.onnx_write import WeightFile, write_graph
 from diffloss_trt import DiffLoss
@@ -44,7 +45,7 @@ Tensors = dict[str, Tensor]
 Function = Callable[[Tensors, Tensors, Tensors], tuple[Tensor, ...]]
 
 
-def _medians(steps: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
+def _medians(steps: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
     """Return each step's median time in seconds."""
     for step in steps.values():
         step()
@@ -74,7 +75,7 @@ def upsampling(folder: Path) -> dict[str, float]:
         weights = {"weight": torch.randn(channels, channels, 3, 3)}
 
         def run(inputs: Tensors, weights: Tensors, _: Tensors, *, joined: bool) -> tuple[Tensor, ...]:
-            tape = Tape(torch.ones(_BATCH), torch.float32)
+            tape = Tape(None, torch.float32)
             x, weight = Pair(inputs["value"], inputs["difference"]), weights["weight"]
             if joined:
                 y = upsampled_conv2d(tape, x, (2, 2), weight, None, (1, 1))
@@ -158,13 +159,48 @@ class _PlannedOptions(import_runtime().SessionOptions):  # type: ignore[misc]
         super().__setattr__(name, True if name == "enable_mem_pattern" else value)
 
 
-def _run_graph(folder: Path, setting: str) -> None:
+def sleeping_threads(folder: Path) -> dict[str, float]:
+    """The same graph with threads that sleep while they wait, as we open it, over threads that spin until its end.
+
+    Alone, and beside as many busy processes as there are threads, such as a trainer's data loaders.
+    """
+    opened, inputs = _gradient_graph(folder)
+    sessions = {"asleep": opened()}
+    with mock.patch("diffloss_engine.ort_session.session_options", _spinning_options):
+        sessions["spinning"] = opened()
+    steps = {name: functools.partial(session, inputs) for name, session in sessions.items()}
+    ratios = {}
+    for where, count in (("alone", 0), ("beside busy processes", torch.get_num_threads())):
+        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+        try:
+            found = _medians(steps)
+        finally:
+            for process in busy:
+                process.kill()
+                process.wait()
+        ratios[f"{where}, times as fast"] = found["spinning"] / found["asleep"]
+    return ratios
+
+
+def _spinning_options(runtime: ModuleType) -> Any:
+    options = session_options(runtime)
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # between two runs none spin
+    return options
+
+
+def _gradient_graph(folder: Path) -> tuple[Callable[[], OrtSession], Tensors]:
+    """Return what opens the graph that `translation` has written the weights of, and inputs for it."""
     _, program = _traced()
     inputs = {name: torch.randn(tensor.shape) for name, tensor in program.inputs.items()}
     inputs["timesteps"] = torch.full((_BATCH,), 100.0)
     graph = write_graph(program, WeightFile.read(folder, "unet.safetensors"))
+    return functools.partial(OrtSession, folder / graph.file, graph.inputs, graph.outputs, device=_CPU), inputs
+
+
+def _run_graph(folder: Path, setting: str) -> None:
+    opened, inputs = _gradient_graph(folder)
     held = forget_peak_memory()
-    opened = functools.partial(OrtSession, folder / graph.file, graph.inputs, graph.outputs, device=_CPU)
     if setting == "ours":
         session = opened()
     else:
@@ -210,6 +246,7 @@ CHOICES: dict[str, Callable[[Path], dict[str, float]]] = {
     "value and difference through one convolution of twice the batch": stacking,
     "own translation to ONNX instead of torch.onnx.export": translation,
     "ONNX Runtime without its memory plan, freed memory given back": memory_plan,
+    "ONNX Runtime's threads asleep while they wait": sleeping_threads,
     "the first convolution in fp32": first_convolution,
 }
 

@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from ways import PRODUCTS, TERMS, Images, Setting, Step, Way, is_aimed_at, make_images, of_loss, ways
 
+from diffloss_engine.inductor import has_bfloat16
 from diffloss_trt import DiffLoss
 from diffloss_trt.inputs import choose_device
 from diffloss_trt.probe import worst_ratio
@@ -38,10 +39,16 @@ from diffloss_trt.probe import worst_ratio
 DISTANCES: Final = (20, 30, 40)  # dB
 TIMED_AT: Final = 30
 _PLACES: Final = 4  # timesteps at which errors are taken
-PRECISIONS: Final = {"cpu": ("fp32", "bf16"), "cuda": ("fp16", "bf16", "fp32")}
 ROUNDS: Final = {"cpu": 9, "cuda": 10}
 # How often a way is begun that ends the process.
 _ATTEMPTS: Final = 2
+
+
+def choose_precisions(device: torch.device) -> tuple[str, ...]:
+    """Return the precisions that a user of the device may want, in the order in which the aims name them."""
+    if device.type == "cuda":
+        return ("fp16", "bf16", "fp32")
+    return ("fp32", "bf16") if has_bfloat16(device) else ("fp32",)
 
 
 def _part(images: Images, rows: Sequence[int]) -> Images:
@@ -242,7 +249,7 @@ def main() -> None:
     device = choose_device(None)
     parser.add_argument("configuration", choices=CONFIGURATIONS)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4])
-    parser.add_argument("--precisions", nargs="+", choices=("fp32", "fp16", "bf16"), default=PRECISIONS[device.type])
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "fp16", "bf16"), default=choose_precisions(device))
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="ways with one of these in their names")
     parser.add_argument("--rounds", type=int, default=ROUNDS[device.type])
     parser.add_argument("--threads", type=int, default=os.cpu_count())

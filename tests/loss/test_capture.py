@@ -21,7 +21,7 @@ from diffloss_engine.errors import ModelError
 from diffloss_trt import NoiseSchedule
 from diffloss_trt.capture import CapturedUNet
 from diffloss_trt.difference import RULES, Pair, Tape, aten, group_norm, upsampled_conv2d
-from diffloss_trt.objective import per_sample, power_of_two
+from diffloss_trt.objective import power_of_two
 from diffloss_trt.unet import TappedUNet
 from unets import KINDS, make_unet
 
@@ -54,7 +54,7 @@ def check(
     restored, target, _, timesteps = batch
     apart = restored - target
     tape = Tape(power_of_two(apart.flatten(1).abs().amax(1)), torch.float64)
-    noisy = Pair(target, apart / per_sample(tape.scale, apart))
+    noisy = Pair(target, tape.unscaled(apart))
     weights = altered or tapped.unet.state_dict()
     pairs = captured.run_pair(tape, noisy, timesteps.double(), weights, captured.constants)
 

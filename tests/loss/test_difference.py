@@ -161,11 +161,15 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str) -
     assert bool((errors <= tolerance).all()), f"{what}: {errors.tolist()}, tolerance {tolerance}"
 
 
-def check(case: Case, rule: Callable[..., Pair], dtype: torch.dtype) -> None:
-    """Compare `rule` in `dtype` with the plain operation in float64, on the same rounded inputs."""
+def check(case: Case, rule: Callable[..., Pair], dtype: torch.dtype, *, scaled: bool = True) -> None:
+    """Compare `rule` in `dtype` with the plain operation in float64, on the same rounded inputs.
+
+    Unless `scaled` the tape has no scale, and the pairs are given the differences themselves.
+    """
     values, ways, fixed = (draw(shapes, dtype) for shapes in (case.pairs, case.pairs, case.fixed))
-    tape = Tape(SCALES.to(torch.promote_types(dtype, F32)), dtype)
-    pairs = [Pair(v, d) for v, d in zip(values, ways, strict=True)]
+    scale = SCALES.to(torch.promote_types(dtype, F32))
+    tape = Tape(scale if scaled else None, dtype)
+    pairs = [Pair(v, d if scaled else (d * per_sample(scale, d)).to(dtype)) for v, d in zip(values, ways, strict=True)]
     output = case.call(partial(rule, tape), *pairs, *fixed)
     (cotangent,) = draw([output.value.shape], dtype)
     gradients = [tape.gradient([(output, cotangent)], pair) for pair in pairs]
@@ -180,7 +184,8 @@ def check(case: Case, rule: Callable[..., Pair], dtype: torch.dtype) -> None:
     expected = mean_derivative(plain, values, ways, SCALES)
     assert_near(((result - value) * (1 / per_sample(SCALES, value)))[:2], expected[:2], 1e-13, "the reference itself")
     assert_near(output.value, value, TOLERANCES[dtype], "value")
-    assert_near(output.difference, expected, TOLERANCES[dtype], "difference")
+    found = output.difference if scaled else output.difference.double() / per_sample(SCALES, output.difference)
+    assert_near(found, expected, TOLERANCES[dtype], "difference")
     for gradient, wanted in zip(gradients, torch.autograd.grad(result, restored, cotangent.double()), strict=True):
         assert_near(gradient, wanted, TOLERANCES[dtype], "gradient")
 
@@ -189,6 +194,17 @@ def check(case: Case, rule: Callable[..., Pair], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_rules_are_the_plain_operations(name: str, dtype: torch.dtype) -> None:
     check(CASES[name], RULES[CASES[name].rule], dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("name", CASES)
+def test_these_formats_need_no_scale(name: str, dtype: torch.dtype) -> None:
+    check(CASES[name], RULES[CASES[name].rule], dtype, scaled=False)
+
+
+def test_fp16_needs_a_scale() -> None:
+    with pytest.raises(AssertionError, match="difference"):
+        check(CASES["silu"], RULES[CASES["silu"].rule], F16, scaled=False)
 
 
 def mutant(rule: Callable[..., Pair], right: str, wrong: str) -> Callable[..., Pair]:
@@ -212,9 +228,10 @@ def mutant(rule: Callable[..., Pair], right: str, wrong: str) -> Callable[..., P
         ("conv_upsampled_oblong", "flip(2, 3)", "flip(3)", "value"),
         ("linear", "x.difference, weight)", "x.difference, weight, bias)", "difference"),
         ("attention", "[k_d, k_u]", "[k_d, k_v]", "difference"),
-        ("attention", "of_d + tape", "p_u @ w_d + tape", "difference"),
-        ("attention", "tape.narrow(p_d) @ w_u", "tape.narrow(p_d) @ w_v", "difference"),
-        ("attention", "2 + m + mean", "2 + m", "difference"),
+        ("attention", "of_d + p_d", "p_u @ w_d + p_d", "difference"),
+        ("attention", "p_d @ w_u", "p_d @ w_v", "difference"),
+        ("attention", "m + (1 + mean)", "m + 1", "difference"),
+        ("attention", "tape.unscaled(p_d)", "p_d", "difference"),
         ("attention", "of_logits @ k_u", "of_logits @ k_v", "gradient"),
         ("attention_scaled", "if scale is None else scale", "", "value"),
         ("group_norm", "per.mean(c_u * c_u)", "per.mean(c * c)", "difference"),
@@ -238,9 +255,9 @@ def test_negative_controls(name: str, right: str, wrong: str, seen_in: str, dtyp
     ("right", "wrong", "seen_in"),
     [
         ("    v, d = halves(*plain)\n", "    v, d = halves(*plain)[0], 0 * d.reshape(shape)\n", "difference"),
-        ("(v - mean_v) + scale", "v + scale", "gradient"),
+        ("(v - mean_v) + tape", "v + tape", "gradient"),
         ("centred * gain_u + offset", "centred * gain_u", "gradient"),
-        ("variance + s * delta", "variance", "difference"),
+        ("variance + tape.scaled(delta)", "variance", "difference"),
     ],
 )
 def test_negative_controls_of_a_large_group_norm(right: str, wrong: str, seen_in: str) -> None:
@@ -256,7 +273,7 @@ def test_negative_control_sees_a_subtraction() -> None:
     def subtracted(tape: Tape, x: Pair) -> Pair:
         right = difference.silu(tape, x)
         apart = F.silu(tape.restored(x)) - F.silu(x.value)
-        return tape.record(right.value, apart / per_sample(tape.scale, apart), [right], lambda g: [g])
+        return tape.record(right.value, tape.unscaled(apart), [right], lambda g: [g])
 
     with pytest.raises(AssertionError, match=r"^difference: "):
         check(CASES["silu"], subtracted, F32)
@@ -377,7 +394,7 @@ def test_attention_rows_that_flip(dtype: torch.dtype, apart: float) -> None:
     way = (torch.rand(query.shape, dtype=F64) * 2 - 1) * apart
     query, way, one = query.to(dtype), way.to(dtype), torch.eye(8, dtype=dtype).expand(4, 1, -1, -1)
     tape = Tape(torch.tensor([1.0, 2.0**-3, 2.0**-6, 2.0**-7], dtype=torch.promote_types(dtype, F32)), dtype)
-    x, same = Pair(query, way / per_sample(tape.scale, way).to(dtype)), Pair(one, torch.zeros_like(one))
+    x, same = Pair(query, tape.unscaled(way).to(dtype)), Pair(one, torch.zeros_like(one))
     output = difference.attention(tape, x, same, same, scale=1.0)
     restored = (query.double() + way.double()).requires_grad_()
     result = restored.softmax(-1)
