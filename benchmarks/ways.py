@@ -124,7 +124,7 @@ def ways(setting: Setting, precisions: Sequence[str]) -> list[Way]:
     on_gpu = setting.device.type == "cuda"
     full = ("fp32", "tf32") if on_gpu else ("fp32",)
     half = [precision for precision in precisions if precision != "fp32"]
-    found = [Way(EAGER, precision, "both", _eager) for precision in (*full, *half, AUTOCAST)]
+    found = [Way(EAGER, precision, "both", _eager) for precision in (*full, *half, *([AUTOCAST] if half else []))]
     found += [Way(AS_AUTHORS, precision, "both", _as_authors) for precision in full]
     # It takes minutes, so in fp32 only where there is nothing faster.
     found += [Way(COMPILE, precision, "both", _compiled) for precision in (half or full)]
