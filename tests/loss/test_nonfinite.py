@@ -106,7 +106,7 @@ def make_loss(request: pytest.FixtureRequest, exported: Exported) -> MakeLoss:
 def overflowing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A bundle in fp16 that overflows at one timestep, whose embedding is too large by far, and the UNet in fp32."""
     # With a middle: of fewer blocks none overflows.
-    layout = {"mid_block_type": "UNetMidBlock2D", "resnet_time_scale_shift": "scale_shift"}
+    layout: dict[str, Any] = {"mid_block_type": "UNetMidBlock2D", "resnet_time_scale_shift": "scale_shift"}
     unet = make_unet("learned_time", dtype=torch.float32, **layout)
     unet.time_proj.weight[OVERFLOWS] *= 1e4
     unet.time_embedding.linear_2.weight *= 30
