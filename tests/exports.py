@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +12,16 @@ from typing import Any, Self
 
 import onnx
 import torch
+from diffusers import DDPMScheduler
 
 from diffloss_engine.bundle import MANIFEST, Bundle, file_sha256
 from diffloss_export.models import LoadedModel
 from diffloss_export.pipeline import export_bundle
 from diffloss_export.verify import Report
+from diffloss_trt import DiffLoss
+from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
+from diffloss_trt.evaluators import Evaluator
+from diffloss_trt.inputs import Backward
 from diffloss_trt.schedule import NoiseSchedule
 from unets import make_unet
 
@@ -23,8 +30,8 @@ Once = Callable[[str, Callable[[Path], Any]], Any]
 
 
 def make_schedule(prediction_type: str = "epsilon") -> NoiseSchedule:
-    """Return the linear schedule of 1000 steps that the paper's prior was trained with."""
-    return NoiseSchedule(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0), prediction_type)
+    """Return the linear schedule of 1000 steps that the paper's prior was trained with, as diffusers computes it."""
+    return NoiseSchedule.from_scheduler(DDPMScheduler(prediction_type=prediction_type))
 
 
 def make_model(kind: str = "one_level", prediction_type: str = "epsilon", **changes: Any) -> LoadedModel:
@@ -69,6 +76,15 @@ class Exported:
         return found
 
 
+@functools.cache
+def shared_evaluator(folder: Path, backend: str = "onnxruntime", backward: Backward = "fused") -> Evaluator:
+    """Return what computes a bundle's loss, opened once for all tests of a process: PyTorch's is traced for seconds.
+
+    A `DiffLoss` of it has settings and draws of its own. Whoever puts something else into it puts back what was there.
+    """
+    return DiffLoss.load(folder, backend, "cpu", backward=backward).evaluator
+
+
 def rehash(folder: Path) -> None:
     """Make the manifest fit the files again, as somebody would who alters a bundle on purpose."""
     path = folder / MANIFEST
@@ -95,6 +111,20 @@ def read_graph(path: Path) -> onnx.ModelProto:
 def external_entries(tensor: onnx.TensorProto) -> dict[str, str]:
     """Return location, offset and length of an initializer; empty if its data is in the graph's own file."""
     return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def without_gradient(folder: Path, copy_to: Path) -> Path:
+    """Return a copy of a bundle as an export with --no-gradient writes it."""
+    shutil.copytree(folder, copy_to)
+    for name in (GRADIENT, SEMANTIC_GRADIENT):
+        (copy_to / f"{name}.onnx").unlink()
+
+    def forget(manifest: dict[str, dict[str, object]]) -> None:
+        for name in (GRADIENT, SEMANTIC_GRADIENT):
+            del manifest["graphs"][name], manifest["files"][f"{name}.onnx"]
+
+    edit_json(copy_to / MANIFEST, forget)
+    return copy_to
 
 
 def repoint(graph_file: Path, find: str) -> None:

@@ -26,6 +26,8 @@ _ONE_LEVEL: dict[str, Any] = {
     "down_block_types": ("DownBlock2D",),
     "up_block_types": ("UpBlock2D",),
 }
+# And again half of them, for tests of what does not depend on the middle either.
+_NO_MIDDLE = _ONE_LEVEL | {"mid_block_type": None}
 KINDS: dict[str, dict[str, Any]] = {
     "one_level": _ONE_LEVEL,
     "two_levels": {},
@@ -48,21 +50,21 @@ KINDS: dict[str, dict[str, Any]] = {
         "resnet_time_scale_shift": "scale_shift",
         "attn_norm_num_groups": 8,
     },
-    "variance": _ONE_LEVEL | {"out_channels": 6},
+    "variance": _NO_MIDDLE | {"out_channels": 6},
     # That of google's published DDPM checkpoints.
     "asymmetric_padding": {"downsample_padding": 0, "freq_shift": 1, "flip_sin_to_cos": False},
-    "one_channel": _ONE_LEVEL | {"in_channels": 1, "out_channels": 1},
+    "one_channel": _NO_MIDDLE | {"in_channels": 1, "out_channels": 1},
     "no_mid_attention": _ONE_LEVEL | {"add_attention": False},
-    "no_mid_block": _ONE_LEVEL | {"mid_block_type": None},
+    "no_mid_block": _NO_MIDDLE,
     "skip_blocks": {
         "block_out_channels": (32, 32),
         "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
         "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
     },
-    "learned_time": _ONE_LEVEL | {"time_embedding_type": "learned", "num_train_timesteps": 1000},
-    "centred": _ONE_LEVEL | {"center_input_sample": True},
+    "learned_time": _NO_MIDDLE | {"time_embedding_type": "learned", "num_train_timesteps": 1000},
+    "centred": _NO_MIDDLE | {"center_input_sample": True},
     # For images that lie in memory in half precision; each channel is a group, as in the first norms of large UNets.
-    "large": _ONE_LEVEL | {"sample_size": 64, "norm_num_groups": 16, "add_attention": False},
+    "large": _NO_MIDDLE | {"sample_size": 64, "norm_num_groups": 16},
 }
 
 

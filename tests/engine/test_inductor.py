@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import zipfile
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,13 @@ def test_a_compiled_program_computes_the_same(package: bytes) -> None:
     session.close()
     with pytest.raises(BackendError, match="closed"):
         session({"image": image})
+
+
+def test_what_is_compiled_for_a_cpu_is_the_prepared_program(package: bytes) -> None:
+    with zipfile.ZipFile(BytesIO(package)) as files:
+        kernels = "".join(files.read(name).decode() for name in files.namelist() if name.endswith(".kernel.cpp"))
+    assert ".exp()" in kernels
+    assert "tanh()" not in kernels
 
 
 class Residual(Program):

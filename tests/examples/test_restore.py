@@ -27,18 +27,23 @@ def test_builtin_prior_is_small_enough(builtin_bundle: Path) -> None:
     assert Bundle.open(builtin_bundle).resolution == (64, 64)
 
 
+@pytest.fixture(scope="module")
+def losses(builtin_bundle: Path) -> tuple[DiffLoss, DiffLoss]:
+    """The bundle's loss, and eager PyTorch's in float64."""
+    model = load_model("builtin")
+    reference = DiffLoss.from_unet(model.unet.double(), model.schedule, reduction="none")
+    return DiffLoss.load(builtin_bundle, device="cpu", reduction="none"), reference
+
+
 @pytest.mark.parametrize("task", DEGRADATIONS)
-def test_builtin_prior_on_degraded_photographs(builtin_bundle: Path, task: str) -> None:
+def test_builtin_prior_on_degraded_photographs(losses: tuple[DiffLoss, DiffLoss], task: str) -> None:
     """Value and gradient of the bundle against float64 eager PyTorch, on photographs kept out of its training."""
     target = torch.stack([load(name)[:, 100:164, 200:264] for name in HELD_OUT])
     degraded = DEGRADATIONS[task](target, torch.Generator().manual_seed(0))
     noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(1))
     timesteps = torch.tensor([10, 100, 500])
-    model = load_model("builtin")
-    reference = DiffLoss.from_unet(model.unet.double(), model.schedule, reduction="none")
-    found = DiffLoss.load(builtin_bundle, device="cpu", reduction="none")
     results = []
-    for loss, dtype in ((found, torch.float32), (reference, torch.float64)):
+    for loss, dtype in zip(losses, (torch.float32, torch.float64), strict=True):
         restored = degraded.to(dtype).requires_grad_()
         terms = loss.terms(restored, target.to(dtype), timesteps=timesteps, noise=noise.to(dtype))
         (gradient,) = torch.autograd.grad(terms.total.sum(), restored)

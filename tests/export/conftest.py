@@ -13,7 +13,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from diffloss_engine.bundle import Bundle
-from exports import Exported, Once
+from exports import Exported, Once, edit_json
 from unets import make_unet
 
 
@@ -35,10 +35,12 @@ def copied(exported: Callable[..., Exported], tmp_path: Path) -> Callable[..., P
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a diffusers pipeline's folder with the smallest UNet."""
+    """Return a diffusers pipeline's folder with UNet and schedule of `exported`."""
     folder = tmp_path_factory.mktemp("model") / "pipeline"
     unet = make_unet("one_level", dtype=torch.float32)
-    DDPMPipeline(unet=unet, scheduler=DDPMScheduler(beta_end=0.01)).save_pretrained(folder)
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(folder)
+    # The one thing that tells it from a UNet that never was in a file.
+    edit_json(folder / "unet" / "config.json", lambda config: config.pop("_diffusers_version"))
     return folder
 
 

@@ -21,10 +21,10 @@ from diffloss_engine.plan_cache import PlanCache
 from diffloss_engine.trt_build import BuildOptions
 from diffloss_export.build import build_bundle
 from diffloss_export.cli import main
-from diffloss_export.pipeline import export_bundle, write_graphs, write_unet
+from diffloss_export.pipeline import write_graphs, write_unet
 from diffloss_trt.contract import GRADIENT
 from diffloss_trt.unet import TappedUNet
-from exports import Exported, edit_json, make_model, rehash
+from exports import Exported, edit_json, make_model, rehash, without_gradient
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -39,26 +39,28 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision"),
+    "settings",
     [
-        ("one_level", "fp32"),
-        ("one_level", "fp16"),
+        # As the tests of the pipeline export them, too.
+        ("one_channel", "fp32", "epsilon", (16, 32)),
+        ("variance", "fp16", "v_prediction"),
         ("one_level", "bf16"),
-        pytest.param("two_levels", "fp16", marks=pytest.mark.slow),
-        pytest.param("two_levels", "fp32", marks=pytest.mark.slow),
-        pytest.param("two_levels", "bf16", marks=pytest.mark.slow),
-        pytest.param("adm", "fp32", marks=pytest.mark.slow),
-        pytest.param("four_levels", "bf16", marks=pytest.mark.slow),
-        pytest.param("adm", "fp16", marks=pytest.mark.slow),
-        pytest.param("adm", "bf16", marks=pytest.mark.slow),
-        pytest.param("asymmetric_padding", "fp32", marks=pytest.mark.slow),
-        pytest.param("asymmetric_padding", "bf16", marks=pytest.mark.slow),
-        pytest.param("skip_blocks", "fp16", marks=pytest.mark.slow),
-        pytest.param("learned_time", "fp32", marks=pytest.mark.slow),
+        pytest.param(("two_levels", "fp16"), marks=pytest.mark.slow),
+        pytest.param(("two_levels", "fp32"), marks=pytest.mark.slow),
+        pytest.param(("two_levels", "bf16"), marks=pytest.mark.slow),
+        pytest.param(("adm", "fp32"), marks=pytest.mark.slow),
+        pytest.param(("four_levels", "bf16"), marks=pytest.mark.slow),
+        pytest.param(("adm", "fp16"), marks=pytest.mark.slow),
+        pytest.param(("adm", "bf16"), marks=pytest.mark.slow),
+        pytest.param(("asymmetric_padding", "fp32"), marks=pytest.mark.slow),
+        pytest.param(("asymmetric_padding", "bf16"), marks=pytest.mark.slow),
+        pytest.param(("skip_blocks", "fp16"), marks=pytest.mark.slow),
+        pytest.param(("learned_time", "fp32"), marks=pytest.mark.slow),
     ],
+    ids=lambda settings: "-".join(map(str, settings)),
 )
-def test_every_graph_becomes_a_plan(kind: str, precision: str, exported: Callable[..., Exported]) -> None:
-    bundle = exported(kind, precision).bundle
+def test_every_graph_becomes_a_plan(settings: tuple[Any, ...], exported: Callable[..., Exported]) -> None:
+    bundle = exported(*settings).bundle
     stages: list[str] = []
     plans = build_bundle(bundle, flavour=RTX, on_stage=stages.append)
     assert [plan.graph for plan in plans] == list(bundle.graphs)
@@ -85,9 +87,9 @@ def test_a_plan_computes_nothing_from_weights_alone(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(exported: Callable[..., Exported], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Return a bundle without the gradient graphs, which take a builder most of its time."""
-    return export_bundle(make_model(), tmp_path_factory.mktemp("build") / "bundle", batch_size=2, gradient=False)[0]
+    return Bundle.open(without_gradient(exported().bundle.path, tmp_path_factory.mktemp("build") / "bundle"))
 
 
 def test_other_options_are_another_plan(bundle: Bundle) -> None:

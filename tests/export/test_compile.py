@@ -10,9 +10,8 @@ import pytest
 from torch._inductor import config
 
 from diffloss_export.cli import main
-from diffloss_export.pipeline import export_bundle
 from diffloss_trt.evaluators import FusedEvaluator
-from exports import Exported, make_model
+from exports import Exported, without_gradient
 
 
 @pytest.fixture(autouse=True)
@@ -71,8 +70,10 @@ def test_a_missing_compiler_is_told_of_before_anything_is_traced(
     assert last.startswith("diffloss-export: inductor cannot compile here: No working C++ compiler found")
 
 
-def test_a_bundle_without_gradient_graphs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    export_bundle(make_model(), tmp_path / "bundle", batch_size=2, gradient=False)
+def test_a_bundle_without_gradient_graphs(
+    exported: Callable[..., Exported], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = without_gradient(exported().bundle.path, tmp_path / "bundle")
     for command in ("build", "verify"):
-        assert main([command, str(tmp_path / "bundle"), "--backend", "inductor", "--device", "cpu"]) == 2
+        assert main([command, str(folder), "--backend", "inductor", "--device", "cpu"]) == 2
         assert "has no gradient graph, and inductor compiles these alone" in capsys.readouterr().err

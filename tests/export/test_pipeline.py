@@ -48,7 +48,7 @@ CONFIGURATIONS = [
     pytest.param("adm", "fp16", "epsilon", None, marks=pytest.mark.slow),
     pytest.param("adm", "bf16", "v_prediction", None, marks=pytest.mark.slow),
     pytest.param("skip_blocks", "fp32", "epsilon", None, marks=pytest.mark.slow),
-    ("no_mid_block", "bf16", "epsilon", None),
+    ("one_level", "bf16", "epsilon", None),
     pytest.param("learned_time", "fp16", "epsilon", None, marks=pytest.mark.slow),
     pytest.param("centred", "fp32", "v_prediction", None, marks=pytest.mark.slow),
 ]

@@ -13,13 +13,12 @@ from onnx import TensorProto
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.session import open_session
 from diffloss_engine.tensors import TensorSpec
-from diffloss_export.pipeline import export_bundle
 from diffloss_export.programs import feature_programs
 from diffloss_export.widened import widened_specs, write_widened
 from diffloss_trt.contract import ENCODER, GRADIENT, NOISE_HEAD, SCHEDULE, SEMANTIC_GRADIENT
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.unet import TappedUNet
-from exports import Exported, make_model, read_graph
+from exports import Exported, read_graph
 from unets import make_unet
 
 CPU = torch.device("cpu")
@@ -54,21 +53,15 @@ def rounded(unet: UNet2DModel) -> UNet2DModel:
     return unet
 
 
-def test_widened_graphs_are_the_float32_unet_with_rounded_weights(tmp_path: Path) -> None:
-    bundle, _ = export_bundle(
-        make_model("no_mid_attention"), tmp_path / "bundle", batch_size=2, precision="bf16", gradient=False
-    )
-    unet = make_unet("no_mid_attention", dtype=torch.float32)
-    assert worst_error(bundle, rounded(unet), tmp_path) < 1e-5
-    # What rounding the weights makes, and the comparison must see.
-    unrounded = make_unet("no_mid_attention", dtype=torch.float32)
-    assert worst_error(bundle, unrounded, tmp_path) > 1e-3
-
-
 @pytest.mark.parametrize("kind", ["one_level", pytest.param("four_levels", marks=pytest.mark.slow)])
-def test_scale_of_attention_is_not_rounded(exported: Callable[..., Exported], tmp_path: Path, kind: str) -> None:
-    """PyTorch multiplies by 1 / sqrt(d) in float32; as a constant of a bfloat16 graph it would have three digits."""
-    assert worst_error(exported(kind, "bf16").bundle, rounded(make_unet(kind, dtype=torch.float32)), tmp_path) < 1e-5
+def test_widened_graphs_are_the_float32_unet_with_rounded_weights(
+    exported: Callable[..., Exported], tmp_path: Path, kind: str
+) -> None:
+    """Not the scale of attention: PyTorch multiplies by 1 / sqrt(d) in float32, and bfloat16 has three digits of it."""
+    bundle = exported(kind, "bf16").bundle
+    assert worst_error(bundle, rounded(make_unet(kind, dtype=torch.float32)), tmp_path) < 1e-5
+    # What rounding the weights makes, and the comparison must see.
+    assert worst_error(bundle, make_unet(kind, dtype=torch.float32), tmp_path) > 1e-3
 
 
 @pytest.mark.parametrize("name", [ENCODER, NOISE_HEAD, GRADIENT, SEMANTIC_GRADIENT])

@@ -22,7 +22,7 @@ from diffloss_engine.plan_cache import PlanCache
 from diffloss_export.models import LoadedModel
 from diffloss_export.pipeline import export_bundle
 from diffloss_trt import NoiseSchedule
-from exports import make_model
+from exports import Exported, Once
 from unets import make_unet
 
 SCHEDULE = NoiseSchedule.from_scheduler(DDPMScheduler())
@@ -134,23 +134,15 @@ def test_killed_writers_leave_whole_plans_or_none(tmp_path: Path, kills: int, se
     assert {path.suffix for path in folder.iterdir()} <= {".plan", ".lock", ".rejected"}
 
 
-def test_full_disk_during_an_export(export: Popen, tmp_path: Path) -> None:
-    destination = tmp_path / "bundle"
-    process = export(destination, file_size=50_000)
+def test_full_disk_while_a_bundle_is_replaced(export: Popen, once: Once, tmp_path: Path) -> None:
+    """The older one stays, and nothing else is left."""
+    destination = Path(shutil.copytree(Exported.of(once).bundle.path, tmp_path / "bundle"))
+    before = content(destination)
+    process = export(destination, "--overwrite", file_size=50_000)
     _, errors = process.communicate()
     assert process.returncode == 2
     assert "Traceback" not in errors
     assert "File too large" in errors.splitlines()[-1]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_full_disk_while_a_bundle_is_replaced(export: Popen, tmp_path: Path) -> None:
-    destination = tmp_path / "bundle"
-    export_bundle(make_model(), destination, batch_size=2, gradient=False)
-    before = content(destination)
-    process = export(destination, "--overwrite", file_size=50_000)
-    process.communicate()
-    assert process.returncode == 2
     assert content(destination) == before
     assert list(tmp_path.iterdir()) == [destination]
 

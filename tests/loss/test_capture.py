@@ -93,7 +93,7 @@ def test_bottleneck_alone(batch: Batch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_equal_images_differ_by_exactly_nothing(dtype: torch.dtype, batch: Batch) -> None:
-    tapped, captured = capture(make_unet(dtype=dtype))
+    tapped, captured = capture(make_unet("one_level", dtype=dtype))
     _, target, _, timesteps = (part.to(torch.promote_types(dtype, torch.float32)) for part in batch)
     noisy = Pair(target, torch.zeros_like(target))
     tape = Tape(power_of_two(torch.zeros_like(timesteps)), dtype)
@@ -142,7 +142,7 @@ def test_negative_control_sees_a_mistaken_rule(
 
 @pytest.mark.parametrize("activation", ["gelu", "mish"])
 def test_operations_without_a_rule_are_named(activation: str, batch: Batch) -> None:
-    tapped, captured = capture(make_unet(act_fn=activation))
+    tapped, captured = capture(make_unet("no_mid_block", act_fn=activation))
     with pytest.raises(ModelError, match=rf"aten\.{activation}\.default has no difference form"):
         check(tapped, captured, batch)
 
@@ -227,7 +227,7 @@ from diffloss_trt import NoiseSchedule
 from diffloss_trt.capture import CapturedUNet
 from diffloss_trt.unet import TappedUNet
 from unets import make_unet
-unet = make_unet()
+unet = make_unet("no_mid_block")
 CapturedUNet(TappedUNet(unet, NoiseSchedule(torch.linspace(0.999, 0.01, 1000))), 1, (16, 16), with_noise=False)
 cudnn = torch.backends.cudnn
 assert (torch.backends.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("ieee",) * 3

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from diffloss_engine.errors import BackendError, InputError
 from diffloss_trt import DiffLoss, NoiseSchedule
 from diffloss_trt.contract import SEMANTIC_GRADIENT
+from diffloss_trt.inputs import Backward
+from exports import shared_evaluator
 from unets import make_unet
 
 Exported = tuple[Path, Any, NoiseSchedule]
@@ -32,8 +34,8 @@ def _no_graphs_of_other_tests() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def load(exported: Exported, backend: str = "onnxruntime", **settings: Any) -> DiffLoss:
-    return DiffLoss.load(exported[0], backend, "cpu", **SETTINGS | settings)
+def load(exported: Exported, backend: str = "onnxruntime", backward: Backward = "fused", **settings: Any) -> DiffLoss:
+    return DiffLoss(shared_evaluator(exported[0], backend, backward), **SETTINGS | settings)
 
 
 @pytest.fixture
@@ -172,7 +174,8 @@ def test_weights_may_change_at_every_step_without_recompiling(exported: Exported
 
 def test_graph_and_reference_that_a_compiled_step_is_the_first_to_need(exported: Exported, network: nn.Module) -> None:
     """Both have to be traced, and inside of an operation PyTorch cannot do that."""
-    loss = load(exported, backend="torch", naturalness_weight=0.0, semantic_weight=0.0, check_every=1)
+    weights = {"naturalness_weight": 0.0, "semantic_weight": 0.0}
+    loss = DiffLoss.load(exported[0], "torch", "cpu", **SETTINGS | weights, check_every=1)
     step = make_step(network, loss)
     loss.semantic_weight = 0.5
     evaluator: Any = loss.evaluator
@@ -226,7 +229,7 @@ def test_a_copy_is_a_loss_of_its_own(exported: Exported, network: nn.Module) -> 
 
 
 def test_a_loss_that_was_compiled_can_be_freed(exported: Exported, network: nn.Module) -> None:
-    loss = load(exported)
+    loss = DiffLoss.load(exported[0], "onnxruntime", "cpu", **SETTINGS)
     evaluator = weakref.ref(loss.evaluator)
     compiled = torch.compile(make_step(network, loss), fullgraph=True, backend="aot_eager")
     run(compiled, network)
@@ -257,11 +260,11 @@ def test_the_operation_keeps_the_layout_it_promises(case: str, exported: Exporte
     """For channels-last images too: compiled code reads the gradient in the layout that it was told of."""
     settings: dict[str, dict[str, Any]] = {
         "onnxruntime": {},
-        "torch": {"backend": "torch"},
+        "torch": {},
         "no weights": {"naturalness_weight": 0.0, "semantic_weight": 0.0},
         "skipped": {"nonfinite": "skip"},
     }
-    loss = load(exported, **settings[case])
+    loss = load(exported, "torch" if case == "torch" else "onnxruntime", **settings[case])
     restored, target = (image.to(memory_format=torch.channels_last) for image in images(4))
     if case == "skipped":
         restored[1, 0, 0, 0] = torch.nan

@@ -34,7 +34,7 @@ from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
 from diffloss_trt.evaluators import FusedEvaluator, RecomputeEvaluator
 from diffloss_trt.inputs import Backward
 from diffloss_trt.tolerances import DIFFERENCE, PLAIN
-from exports import edit_json
+from exports import edit_json, shared_evaluator, without_gradient
 from unets import make_unet
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -100,8 +100,7 @@ def losses(exported: Exported, backend: str, **settings: Any) -> tuple[DiffLoss,
     """Return the bundle's loss and the reference."""
     folder, unet, schedule = exported
     settings = {"value_range": (-1, 1), "reduction": "none", **settings}
-    loss = DiffLoss.load(folder, backend, "cpu", **settings)
-    settings.pop("backward", None)
+    loss = DiffLoss(shared_evaluator(folder, backend, settings.pop("backward", "fused")), **settings)
     return loss, DiffLoss.from_unet(unet, schedule, **settings)
 
 
@@ -171,7 +170,7 @@ def test_values_without_a_tape_are_the_same(exported: Exported, batch: Batch) ->
 
 
 def test_each_graph_is_opened_when_a_weight_needs_it(exported: Exported, batch: Batch) -> None:
-    loss, _ = losses(exported, "onnxruntime", naturalness_weight=0.0, semantic_weight=1.0)
+    loss = DiffLoss.load(exported[0], "onnxruntime", "cpu", 0.0, 1.0, value_range=(-1, 1))
     assert isinstance(loss.evaluator, FusedEvaluator)
     assert set(loss.evaluator.sessions) == {SEMANTIC_GRADIENT}
     value_and_gradient(loss, batch, torch.float32)
@@ -236,20 +235,6 @@ def test_checkpointed_step_is_the_same(exported: Exported, batch: Batch) -> None
     assert gradients[0] is not None
     assert gradients[1] is not None
     assert torch.equal(gradients[0], gradients[1])
-
-
-def without_gradient(folder: Path, copy_to: Path) -> Path:
-    """Return a copy of a bundle as an export with --no-gradient writes it."""
-    shutil.copytree(folder, copy_to)
-    for name in (GRADIENT, SEMANTIC_GRADIENT):
-        (copy_to / f"{name}.onnx").unlink()
-
-    def forget(manifest: dict[str, dict[str, object]]) -> None:
-        for name in (GRADIENT, SEMANTIC_GRADIENT):
-            del manifest["graphs"][name], manifest["files"][f"{name}.onnx"]
-
-    edit_json(copy_to / "manifest.json", forget)
-    return copy_to
 
 
 def test_bundle_without_a_gradient_graph(
@@ -337,7 +322,7 @@ def test_every_batch_size_from_one_to_nine(exported: Exported, make_batch: Calla
 
 
 def test_semantic_term_alone_does_not_run_the_noise_head(exported: Exported, batch: Batch) -> None:
-    loss, _ = losses(exported, "onnxruntime", naturalness_weight=0.0, semantic_weight=1.0, backward="recompute")
+    loss = DiffLoss.load(exported[0], "onnxruntime", "cpu", 0.0, 1.0, backward="recompute", value_range=(-1, 1))
     assert isinstance(loss.evaluator, RecomputeEvaluator)
     calls = count_calls(loss.evaluator.unet.unet)
     loss.evaluator.sessions["noise_head"].close()  # a call would raise BackendError
@@ -399,7 +384,7 @@ def test_a_recompute_loss_is_checked_wherever_it_is_opened(
 
 @pytest.mark.parametrize("backward", ["fused", "recompute"])
 def test_images_have_the_size_of_the_bundle_in_pytorch_too(exported: Exported, backward: Backward) -> None:
-    loss = DiffLoss.load(exported[0], "torch", "cpu", backward=backward)
+    loss, _ = losses(exported, "torch", backward=backward)
     height, width = loss.resolution or (0, 0)
     with pytest.raises(InputError, match="the bundle's size"):
         loss(torch.rand(1, 3, 2 * height, width), torch.rand(1, 3, 2 * height, width))

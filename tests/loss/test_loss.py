@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import logging
 import pickle
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from torch import Tensor
 from diffloss_engine.errors import BackendUnavailableError, BundleError, InputError, InputTypeError
 from diffloss_trt import DiffLoss, NoiseSchedule
 from diffloss_trt.inputs import Backward
+from exports import shared_evaluator
 from unets import KINDS, make_unet
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -372,36 +375,57 @@ def test_nothing_computed_is_nothing_wasted(
     assert not caplog.records
 
 
-@pytest.mark.parametrize("backward", ["fused", "recompute"])
-@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+@pytest.fixture(scope="module")
+def load_and_call(
+    exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]
+) -> Callable[[str, Backward], Tensor]:
+    """(backend, backward) -> the value of a loss that is loaded and called in the state that torch is in."""
+    restored, target, *_ = make_batch(dtype=torch.float32)
+
+    def load_and_call(backend: str, backward: Backward) -> Tensor:
+        loss = DiffLoss.load(exported[0], backend, "cpu", backward=backward, value_range=(-1, 1), seed=0)
+        return loss(restored, target)
+
+    return load_and_call
+
+
+@pytest.fixture(scope="module")
+def plain(load_and_call: Callable[[str, Backward], Tensor]) -> Callable[[str, Backward], Tensor]:
+    """(backend, backward) -> that value where nothing is set; computed once, since PyTorch traces for seconds."""
+    return functools.cache(load_and_call)
+
+
+every_way = pytest.mark.parametrize(
+    ("backend", "backward"), [*itertools.product(["onnxruntime", "torch"], ["fused", "recompute"])]
+)
+
+
+@every_way
 def test_another_default_device_changes_nothing(
-    backend: str, backward: Backward, exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]
+    backend: str, backward: Backward, load_and_call: Callable[..., Tensor], plain: Callable[..., Tensor]
 ) -> None:
     """As trainers set one; "meta" stands for any that is not the loss's."""
-    restored, target, *_ = make_batch(dtype=torch.float32)
     with torch.device("meta"):
-        loss = DiffLoss.load(exported[0], backend, "cpu", backward=backward, value_range=(-1, 1), seed=0)
-        found = loss(restored, target)
-    plain = DiffLoss.load(exported[0], backend, "cpu", backward=backward, value_range=(-1, 1), seed=0)
-    assert torch.equal(found, plain(restored, target))
+        found = load_and_call(backend, backward)
+    assert torch.equal(found, plain(backend, backward))
 
 
-@pytest.mark.parametrize("backward", ["fused", "recompute"])
-@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+@every_way
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_another_default_dtype_changes_nothing(
-    backend: str, backward: Backward, exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]
+    dtype: torch.dtype,
+    backend: str,
+    backward: Backward,
+    load_and_call: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
 ) -> None:
-    restored, target, *_ = make_batch(dtype=torch.float32)
-    found = []
-    for dtype in (torch.float64, torch.bfloat16, torch.float32):
-        torch.set_default_dtype(dtype)
-        try:
-            loss = DiffLoss.load(exported[0], backend, "cpu", backward=backward, value_range=(-1, 1), seed=0)
-            found.append(loss(restored, target))
-        finally:
-            torch.set_default_dtype(torch.float32)
-    assert torch.equal(found[0], found[2])
-    assert torch.equal(found[1], found[2])
+    expected = plain(backend, backward)
+    torch.set_default_dtype(dtype)
+    try:
+        found = load_and_call(backend, backward)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("backward", ["fused", "recompute"])
@@ -457,7 +481,7 @@ def test_what_would_follow_what_is_on_no_tape_is_refused(
 def test_a_generator_is_one(exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]) -> None:
     restored, target, *_ = make_batch(count=4, dtype=torch.float32)
     with pytest.raises(InputTypeError, match=r"generator is a int; expected a torch\.Generator"):
-        DiffLoss.load(exported[0], "torch", "cpu")(restored, target, generator=5)  # type: ignore[arg-type]
+        DiffLoss.load(exported[0], "onnxruntime", "cpu")(restored, target, generator=5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("way", ["fused", "recompute", "a UNet"])
@@ -470,6 +494,8 @@ def test_a_device_that_load_refuses_is_none_to_move_to(
     restored, target, *_ = make_batch(dtype=torch.float32)
     if way == "a UNet":
         loss = make_loss(make_unet(dtype=torch.float32), scheduler, seed=0)
+    elif way == "fused":
+        loss = DiffLoss(shared_evaluator(exported[0], "torch"), value_range=(-1, 1), seed=0)
     else:
         loss = DiffLoss.load(exported[0], "torch", "cpu", backward=way, value_range=(-1, 1), seed=0)
     with pytest.raises(InputError, match="device is meta; expected 'cpu', 'cuda' or 'cuda:N'"):

@@ -23,7 +23,7 @@ from diffloss_trt import DiffLoss, NoiseSchedule
 from diffloss_trt.inputs import Nonfinite
 from diffloss_trt.nonfinite import nonfinite_results
 from diffloss_trt.objective import Terms
-from exports import make_schedule
+from exports import make_schedule, shared_evaluator
 from ranks import train_in_two_processes
 from unets import make_unet
 
@@ -97,7 +97,7 @@ def make_loss(request: pytest.FixtureRequest, exported: Exported) -> MakeLoss:
         if request.param == "reference":
             unet = make_unet("one_level", dtype=torch.float32)
             return DiffLoss.from_unet(unet, schedule, **settings)
-        return DiffLoss.load(folder, "onnxruntime", "cpu", backward=request.param, **settings)
+        return DiffLoss(shared_evaluator(folder, backward=request.param), **settings)
 
     return make_loss
 
@@ -105,7 +105,9 @@ def make_loss(request: pytest.FixtureRequest, exported: Exported) -> MakeLoss:
 @pytest.fixture(scope="module")
 def overflowing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A bundle in fp16 that overflows at one timestep, whose embedding is too large by far, and the UNet in fp32."""
-    unet = make_unet("learned_time", dtype=torch.float32, resnet_time_scale_shift="scale_shift")
+    # With a middle: of fewer blocks none overflows.
+    layout: dict[str, Any] = {"mid_block_type": "UNetMidBlock2D", "resnet_time_scale_shift": "scale_shift"}
+    unet = make_unet("learned_time", dtype=torch.float32, **layout)
     unet.time_proj.weight[OVERFLOWS] *= 1e4
     unet.time_embedding.linear_2.weight *= 30
     folder = tmp_path_factory.mktemp("nonfinite") / "bundle"
@@ -274,34 +276,26 @@ def test_each_result_is_looked_at() -> None:
 
 
 def train_as_rank(rank: int, folder: Path, bundle: Path) -> None:
-    """Train in each of two processes, of which the second gets a black image; leave the weights after each step."""
-    training = Training(DiffLoss.load(bundle, "onnxruntime", "cpu", nonfinite="skip", seed=3))
+    """Train in each of two processes, of which the second gets a black image; leave what became of it in a file."""
+    loss = DiffLoss.load(bundle, "onnxruntime", "cpu", nonfinite="skip", seed=3)
+    scaled = _train_with_scaler(rank, loss)
+    by_hand = {judged: _train_by_hand(rank, loss, judged) for judged in ("loss", "gradient")}
+    torch.save({"scaler": scaled, **by_hand}, folder / f"rank{rank}")
+
+
+def _train_with_scaler(rank: int, loss: DiffLoss) -> dict[str, Any]:
+    """Return the weights after each step, and how often the loss was called."""
+    training = Training(loss)
     training.network = DistributedDataParallel(training.network)  # type: ignore[assignment]
-    weights, counts = [training.weights], []
+    weights = [training.weights]
     for number in range(4):
         training.step(10 * number + rank, black=number == 2 and rank == 1)
         weights.append(training.weights)
-    counts.append(training.loss.calls)
-    torch.save({"weights": weights, "calls": counts}, folder / f"rank{rank}")
+    return {"weights": weights, "calls": loss.calls}
 
 
-def test_all_ranks_skip_together(exported: Exported, tmp_path: Path) -> None:
-    train_in_two_processes(train_as_rank, tmp_path, exported[0])
-    first, second = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
-    assert all(torch.equal(*pair) for pair in zip(first["weights"], second["weights"], strict=True))
-    changed = [not torch.equal(*pair) for pair in zip(first["weights"], first["weights"][1:], strict=False)]
-    assert changed == [True, True, False, True]
-    assert first["weights"][-1].isfinite().all()
-    assert first["calls"] == second["calls"] == [4]
-
-
-def train_by_hand(rank: int, folder: Path, bundle: Path) -> None:
-    """Train in each of two processes without a scaler, leaving out a step if loss or gradient is not finite."""
-    loss = DiffLoss.load(bundle, "onnxruntime", "cpu", nonfinite="skip")
-    torch.save({judged: _trained(rank, loss, judged) for judged in ("loss", "gradient")}, folder / f"rank{rank}")
-
-
-def _trained(rank: int, loss: DiffLoss, judged: str) -> dict[str, Any]:
+def _train_by_hand(rank: int, loss: DiffLoss, judged: str) -> dict[str, Any]:
+    """Train without a scaler, leaving out a step if loss or gradient, as `judged` says, is not finite."""
     loss.seed = 3
     network = DistributedDataParallel(Normalising())
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
@@ -320,10 +314,25 @@ def _trained(rank: int, loss: DiffLoss, judged: str) -> dict[str, Any]:
     return {"weights": weights, "stepped": stepped}
 
 
-def test_without_a_scaler_ranks_judge_by_the_gradient(exported: Exported, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def ranks(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    """What `train_as_rank` leaves, of each rank; starting the processes takes most of the time."""
+    folder = tmp_path_factory.mktemp("ranks")
+    train_in_two_processes(train_as_rank, folder, exported[0])
+    return [torch.load(folder / f"rank{rank}") for rank in range(2)]
+
+
+def test_all_ranks_skip_together(ranks: list[dict[str, dict[str, Any]]]) -> None:
+    first, second = (rank["scaler"] for rank in ranks)
+    assert all(torch.equal(*pair) for pair in zip(first["weights"], second["weights"], strict=True))
+    changed = [not torch.equal(*pair) for pair in zip(first["weights"], first["weights"][1:], strict=False)]
+    assert changed == [True, True, False, True]
+    assert first["weights"][-1].isfinite().all()
+    assert first["calls"] == second["calls"] == 4
+
+
+def test_without_a_scaler_ranks_judge_by_the_gradient(ranks: list[dict[str, dict[str, Any]]]) -> None:
     """It is averaged, and so the same on all; the loss is NaN on one rank alone, the other steps, and both are lost."""
-    train_in_two_processes(train_by_hand, tmp_path, exported[0])
-    ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(2)]
     first, second = (rank["gradient"] for rank in ranks)
     assert first["stepped"] == second["stepped"] == [True, True, False, True]
     assert torch.equal(first["weights"], second["weights"])
