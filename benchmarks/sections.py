@@ -99,7 +99,7 @@ def loss_step(content: Content, picture: str | None = None, *, brief: bool = Fal
         for row in rows
     ]
     return [
-        f"## A step of the loss: {title(name)}",
+        f"## A step of the loss: {title(name)}{_kind_of_cpu(content)}",
         f"{content['parameters'] / 1e6:.1f} M parameters, batch {rows[0]['batch_size']}; medians and "
         f"quartiles; {_machine(content)}; `python benchmarks/loss_step.py {name}`.",
         markdown_table(header, lines),
@@ -108,6 +108,12 @@ def loss_step(content: Content, picture: str | None = None, *, brief: bool = Fal
         *([] if brief else _not_run(content)),
         *_held_against_targets(content, rows),
     ]
+
+
+def _kind_of_cpu(content: Content) -> str:
+    """Return what the heading says of a CPU, on which the choice of a precision depends."""
+    plain = content["device_type"] == "cpu" and "bf16" not in content["device"]
+    return ", on a CPU that does not multiply bf16" if plain else ""
 
 
 def shown_rows(content: Content) -> list[Row]:

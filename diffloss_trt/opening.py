@@ -81,7 +81,7 @@ def _open(bundle: Bundle, backend: str, device: torch.device, wanted: _Wanted) -
 def _fastest_first(bundle: Bundle, device: torch.device, fused: bool) -> tuple[str, ...]:
     if device.type == "cuda":
         return ("tensorrt", "tensorrt-rtx", "onnxruntime", *(["inductor"] if fused else []), "torch")
-    # In fp32 a CPU gains a quarter at best: nothing to spend minutes of compiling on unasked.
+    # In fp32 a CPU gains little (docs/performance.md): nothing to spend minutes of compiling on unasked.
     compiles = fused and bundle.precision == "bf16" and has_bfloat16(device)
     return ("onnxruntime", *(["inductor"] if compiles else []), "torch")
 

@@ -214,7 +214,7 @@ def session_options(runtime: ModuleType) -> onnxruntime.SessionOptions:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
-    # Spinning threads would steal cores from data loaders.
+    # Spinning threads would steal cores from data loaders (docs/design.md).
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # One block planned for all activations of a gradient graph was half as large again as the arena that hands them out
     # one by one, and no faster (benchmarks/design.py; ONNX Runtime 1.32, CPU).

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from adm_reference import AdmNetwork
 from diffloss_engine.batching import run_batched
-from diffloss_engine.bundle import Bundle, BundleWriter
+from diffloss_engine.bundle import Bundle
+from diffloss_engine.bundle_writer import BundleWriter
 from diffloss_engine.errors import InputError, IntegrityError, ModelError
 from diffloss_engine.session import open_graph
 from diffloss_export.adm_flags import PAPER_FLAGS, AdmFlags, kept_steps, noise_schedule
