@@ -276,11 +276,9 @@ def of_loss(loss: DiffLoss) -> Step:
 
 
 def _ours(setting: Setting, way: Way, *, backend: str, backward: Backward = "fused", cuda_graph: bool = False) -> Step:
-    if setting.device.type == "cpu":
-        if backend == "inductor" and way.precision == "fp32" and has_bfloat16(setting.device):
-            raise BackendUnavailableError("takes minutes to compile, and in bf16 this CPU is faster")
-        if backend == "onnxruntime" and way.precision == "bf16":
-            raise BackendUnavailableError("ONNX Runtime has no bf16 kernels for CPUs")
+    on_cpu = setting.device.type == "cpu"
+    if on_cpu and backend == "inductor" and way.precision == "fp32" and has_bfloat16(setting.device):
+        raise BackendUnavailableError("takes minutes to compile, and in bf16 this CPU is faster")
     bundle = make_bundle(setting.folder, setting.configuration, way.precision, setting.batch_size)
     naturalness_weight, semantic_weight = TERMS[way.terms]
     return of_loss(
