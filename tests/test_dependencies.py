@@ -132,7 +132,7 @@ def test_everything_declared_is_pinned_within_its_bounds() -> None:
     assert unpinned(versions) == []
     assert "onnxruntime-gpu" not in versions
     assert unpinned({name: version for name, version in versions.items() if name != "torch"}) == ["torch<2.14,>=2.11"]
-    assert unpinned(versions | {"filelock": Version("3.20.2")}) == ["filelock>=3.20.3"]
+    assert unpinned(versions | {"filelock": Version("3.29.9")}) == ["filelock>=3.30"]
 
 
 @pytest.mark.parametrize(

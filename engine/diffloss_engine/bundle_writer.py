@@ -123,11 +123,13 @@ class BundleWriter:
         old: Path | None = None
         if self.destination.exists():
             old = self._sibling("replaced")
-            self.destination.rename(old)
         try:
+            if old is not None:
+                self.destination.rename(old)
             folder.rename(self.destination)
         except BaseException:
-            if old is not None:
+            # Ctrl-C may come with either done.
+            if old is not None and old.exists() and not self.destination.exists():
                 old.rename(self.destination)
             raise
         flush_to_disk(self.destination.parent)

@@ -12,6 +12,8 @@ from diffloss_engine.errors import BundleError
 if TYPE_CHECKING:
     from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 
+_KEYS = frozenset({"location", "offset", "length", "checksum"})
+
 
 @dataclass(frozen=True)
 class ExternalData:
@@ -77,6 +79,9 @@ def _external_data(tensor: TensorProto) -> ExternalData:
     # Readers differ on which of two equal keys counts, so one that was checked might not be the one that is used.
     if len(entries) != len(tensor.external_data):
         raise BundleError(f"tensor {tensor.name!r} repeats a key of its external data")
+    # ONNX Runtime knows keys that name more parts of a file, which nothing here would check.
+    if unknown := sorted(entries.keys() - _KEYS):
+        raise BundleError(f"tensor {tensor.name!r} has external data with the key {unknown[0]!r}")
     if "location" not in entries:
         raise BundleError(f"tensor {tensor.name!r} has external data without a location")
     return ExternalData(

@@ -19,7 +19,7 @@ from diffloss_engine.fp32_precision import fp32_settings, settings_for_export
 from diffloss_engine.hashed_files import file_sha256
 from diffloss_engine.plan_cache import PlanCache, gpu_identity
 from diffloss_engine.progress import long_wait
-from diffloss_engine.tensors import TensorSpec
+from diffloss_engine.tensors import TensorSpec, on_device
 from diffloss_engine.torch_session import TorchSession
 
 
@@ -97,7 +97,8 @@ def open_compiled(
             # Otherwise each call asks, and waits, whether the one before has finished, which no CUDA graph can capture.
             single = device.type == "cuda"
             index = -1 if device.index is None else device.index
-            run = aoti_load_package(str(path), run_single_threaded=single, device_index=index)
+            with on_device(device):  # loading makes it the current one
+                run = aoti_load_package(str(path), run_single_threaded=single, device_index=index)
     # Also inductor wants a place for temporary files, when it is imported.
     except (RuntimeError, OSError) as error:
         raise BackendUnavailableError(f"a program compiled by inductor cannot be loaded: {error}") from error

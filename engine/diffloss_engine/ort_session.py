@@ -17,7 +17,8 @@ from torch import Tensor
 from diffloss_engine.errors import BackendError, BackendUnavailableError, BundleError, InputError
 from diffloss_engine.forking import ProcessLock, unforked
 from diffloss_engine.memory import memory_advice
-from diffloss_engine.tensors import DTYPES, TensorSpec, addressable, check_tensors, concrete_device
+from diffloss_engine.tensors import DTYPES, TensorSpec, addressable, check_tensors, concrete_device, on_device
+from diffloss_engine.trt_build import import_flavour
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -72,7 +73,12 @@ class OrtSession:
         if self._stream is not None:
             # Without this, each run would end by waiting for the GPU; torch's stream waits instead.
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        session = _create(runtime, graph_file, self._providers(provider, provider_options or {}))
+        if provider == _TENSORRT:
+            # A wheel's libraries are found where it has loaded them. There may be others, that the system has.
+            with contextlib.suppress(BackendUnavailableError):
+                import_flavour("tensorrt")
+        with on_device(self.device):  # the provider makes its device the current one
+            session = _create(runtime, graph_file, self._providers(provider, provider_options or {}))
         if provider not in session.get_providers():
             raise BackendUnavailableError(
                 f"ONNX Runtime opened {graph_file} with {session.get_providers()}, without the {provider} asked for; "

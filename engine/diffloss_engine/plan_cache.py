@@ -122,13 +122,15 @@ class PlanCache:
 
         Without it plans can be read, which appear whole, but not written: an unfinished one has one name.
         """
-        lock: BaseFileLock = FileLock(self._path(key, ".lock"), mode=0o600)
+        # Where a disk has no locks, not a file in the place of one: a process that is killed would leave it behind.
+        lock: BaseFileLock = FileLock(self._path(key, ".lock"), mode=0o600, fallback_to_soft=False)
         obstacle = None
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.info("another process is at work on the same plan: waiting for it")
-            lock.acquire()
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                logger.info("another process is at work on the same plan: waiting for it")
+                lock.acquire()
         except OSError as error:
             # Of a disk that is full or cannot be written, or that has no locks.
             obstacle = error

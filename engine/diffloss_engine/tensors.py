@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,6 +91,11 @@ def concrete_device(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu") if device.type == "cpu" else device
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which a CUDA device is the current one; for other devices it changes nothing."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def check_tensors(specs: Sequence[TensorSpec], tensors: Mapping[str, Tensor], device: torch.device) -> None:

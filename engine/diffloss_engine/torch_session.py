@@ -10,7 +10,7 @@ from torch import Tensor
 from diffloss_engine.errors import BackendError, InputError, InputTypeError
 from diffloss_engine.forking import unforked
 from diffloss_engine.memory import memory_advice
-from diffloss_engine.tensors import TensorSpec, addressable, check_tensors, concrete_device
+from diffloss_engine.tensors import TensorSpec, addressable, check_tensors, concrete_device, on_device
 
 
 class TorchSession:
@@ -43,7 +43,12 @@ class TorchSession:
         try:
             # A caller's autocast would reach into the program, whose dtypes are its own business. A compiled program is
             # taken by a run, which in a process forked meanwhile would never give it back.
-            with unforked(), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            with (
+                unforked(),
+                on_device(self.device),  # on whose current stream a compiled program runs
+                torch.no_grad(),
+                torch.autocast(self.device.type, enabled=False),
+            ):
                 # Traced or compiled for dense tensors, a program does not look whether it is given such.
                 results = program(*(addressable(inputs[spec.name].detach()) for spec in self.inputs))
         except torch.OutOfMemoryError:

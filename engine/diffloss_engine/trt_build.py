@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import logging
 import os
+import threading
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,27 +87,44 @@ def import_flavour(flavour: str) -> ModuleType:
 
 
 def recording_logger(trt: ModuleType) -> Any:
-    """Return a logger that prints nothing; `take()` returns the errors logged since the last call, as one line."""
+    """Return the library's logger, which prints nothing, and has forgotten what this thread did wrong before.
+
+    `take()` returns the errors logged since, as one line.
+    """
+    recorder = _recorder(trt)
+    recorder.forget()
+    return recorder
+
+
+@functools.cache
+def _recorder(trt: ModuleType) -> Any:
+    """Return the one logger of a library: it keeps the first that it is given, and uses it for what is made later."""
 
     class Recorder(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             # Not super(): the bindings want the base class itself to be initialised.
             trt.ILogger.__init__(self)
-            self._errors: list[str] = []
+            # By thread: two may load or build at the same time, and the library has threads of its own.
+            self._errors: dict[int, list[str]] = defaultdict(list)
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self._errors.append(" ".join(message.split()))
+                self._errors[threading.get_ident()].append(" ".join(message.split()))
 
         @property
         def failed(self) -> bool:
-            """Whether an error was logged since the last call of `take`."""
-            return bool(self._errors)
+            """Whether this thread has logged an error that was not taken."""
+            return bool(self._errors.get(threading.get_ident()))
+
+        def forget(self) -> None:
+            self._errors.pop(threading.get_ident(), None)
 
         def take(self) -> str:
-            line = "; ".join(dict.fromkeys(self._errors)) or "it gave no reason"
-            self._errors.clear()
-            return line
+            errors = self._errors.pop(threading.get_ident(), [])
+            if not errors:
+                for thread in list(self._errors):
+                    errors += self._errors.pop(thread, [])
+            return "; ".join(dict.fromkeys(errors)) or "it gave no reason"
 
     return Recorder()
 

@@ -175,15 +175,15 @@ def open_plan(
         return TrtSession(plan, inputs, outputs, flavour=flavour, device=device, precision=precision)
 
     with torch.cuda.device(device):
-        used, plan = kept_or_built(cache, key, build)
-        try:
-            return load(plan)
-        except RefusedPlanError as error:
-            if built:
-                raise
-            # What a plan can come to depend on beyond its key is the driver.
-            cache.reject(used, plan, str(error))
-        return load(cache.get(key, build))
+        while True:
+            used, plan = kept_or_built(cache, key, build)
+            try:
+                return load(plan)
+            except RefusedPlanError as error:
+                if built:
+                    raise
+                # What a plan can come to depend on beyond its key is the driver; then all that are kept are refused.
+                cache.reject(used, plan, str(error))
 
 
 def check_gpu(flavour: str) -> None:

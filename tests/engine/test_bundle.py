@@ -348,6 +348,7 @@ def test_external_data_elsewhere_is_refused(hostile: Callable[..., Bundle], loca
         ({"length": " 16"}, "' 16', expected"),
         ({"offset": "٣"}, "expected a number of bytes"),
         ({"offset": "9" * 5000}, "expected a number of bytes"),
+        ({"prepacked_1": "x|8;64;0"}, "external data with the key 'prepacked_1'"),
     ],
 )
 def test_external_data_beyond_its_file_is_refused(

@@ -136,6 +136,25 @@ def test_overwriting_that_fails_keeps_the_old_bundle(tmp_path: Path, bundle: Bun
     assert names(tmp_path) == {"bundle"}
 
 
+@pytest.mark.parametrize("interrupted", [1, 2])
+def test_ctrl_c_while_an_older_bundle_is_replaced_leaves_one_of_both(
+    tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, interrupted: int
+) -> None:
+    """Python raises when the system call returns, which by then has renamed."""
+    rename, calls = Path.rename, []
+
+    def interrupt(path: Path, target: Path) -> Path:
+        calls.append(rename(path, target))
+        if len(calls) == interrupted:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt), BundleWriter(bundle.path, overwrite=True) as writer:
+        commit(writer)
+    Bundle.open(bundle.path).verify_hashes()
+
+
 def test_overwriting_through_a_link_replaces_the_folder_and_keeps_the_link(tmp_path: Path, bundle: Bundle) -> None:
     link = tmp_path / "link"
     link.symlink_to(bundle.path)

@@ -15,7 +15,7 @@ from onnx import helper
 
 from diffloss_engine import BackendError, BackendUnavailableError, Graph, InputError
 from diffloss_engine.tensors import TensorSpec
-from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour, keep_timings
+from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour, keep_timings, recording_logger
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -124,6 +124,33 @@ def test_builds_in_two_threads(conv: Path) -> None:
     for thread in threads:
         thread.join()
     assert [is_plan(plan) for plan in plans] == [True, True]
+
+
+def test_there_is_one_logger_and_threads_know_their_own_errors() -> None:
+    """The library keeps the first logger that it is given, and goes on calling that one."""
+    trt = import_flavour(RTX)
+    logger = recording_logger(trt)
+    assert recording_logger(trt) is logger
+    logger.log(trt.ILogger.ERROR, "ours,\nin two lines")
+    logger.log(trt.ILogger.WARNING, "no error")
+    seen = []
+
+    def other() -> None:
+        seen.append(logger.failed)
+        logger.log(trt.ILogger.INTERNAL_ERROR, "theirs")
+        seen.append(logger.failed)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert seen == [False, True]
+    assert logger.failed
+    assert logger.take() == "ours, in two lines"
+    assert not logger.failed
+    assert logger.take() == "theirs"  # of a thread that may be the library's
+    logger.log(trt.ILogger.ERROR, "old")
+    assert not recording_logger(trt).failed
+    assert logger.take() == "it gave no reason"
 
 
 def test_timings_are_not_taken_where_there_are_none(conv: Path) -> None:
