@@ -82,7 +82,7 @@ class Draws(nn.Module):
             logger.warning("the state has nothing of the draws of a DiffLoss with a seed: they are not resumed")
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.seed, self.count])
+        return torch.tensor([self.seed, self.count], device="cpu")
 
     def set_extra_state(self, state: object) -> None:
         if (

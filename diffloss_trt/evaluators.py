@@ -223,7 +223,7 @@ class FusedEvaluator(_BundleEvaluator):
         return make, (self.bundle, self.backend, self.device)
 
     def to(self, device: torch.device) -> Self:
-        return type(self)(self.bundle, self.backend, device, cuda_graph=self.cuda_graph and device.type == "cuda")
+        return type(self)(self.bundle, self.backend, device, cuda_graph=self.cuda_graph)
 
     def session(self, name: str) -> Session:
         """Return the session of a gradient graph; it is opened, and checked, the first time that it is asked for.
@@ -238,9 +238,10 @@ class FusedEvaluator(_BundleEvaluator):
         return self.sessions[name]
 
     def _open_checked(self, name: str) -> Session:
-        session = self.open(name)
-        # A miscompiled engine must not train anyone's network, nor a UNet that is not the one that was exported.
-        check_session(session, name, self.bundle)
+        with torch.inference_mode(False):  # what is made in it could not be written to outside of it
+            session = self.open(name)
+            # A miscompiled engine must not train anyone's network, nor a UNet that is not the one that was exported.
+            check_session(session, name, self.bundle)
         return session
 
     def open(self, name: str) -> Session:
@@ -252,7 +253,8 @@ class FusedEvaluator(_BundleEvaluator):
             session = open_compiled(*self.package(name), graph.inputs, graph.outputs, self.device)
         else:
             session = open_graph(self.bundle, name, backend=self.backend, device=self.device)
-        return GraphedSession(session) if self.cuda_graph else session
+        # A loss that is back from the CPU is recorded again.
+        return GraphedSession(session) if self.cuda_graph and self.device.type == "cuda" else session
 
     def package(self, name: str) -> tuple[dict[str, Any], Callable[[], bytes]]:
         """Return the key in the plan cache of what inductor makes of a gradient graph, and a function that makes it.
@@ -288,7 +290,7 @@ class FusedEvaluator(_BundleEvaluator):
         """Raise ParityError unless `evaluate` has returned for the first image what eager PyTorch does in fp32."""
         name = gradient_graph(weights)
         restored, target, noise, timesteps = (tensor[:1] for tensor in images)
-        with self._opening.lock:
+        with self._opening.lock, torch.inference_mode(False):
             if name not in self.references:
                 self.references[name] = open_reference(self.bundle, name, self.device, self.schedule)
         with fp32_precision("ieee"):
@@ -313,7 +315,8 @@ def gradient_graph(weights: tuple[float, float]) -> str:
 class RecomputeEvaluator(_BundleEvaluator):
     """A bundle's encoder and noise head on an engine; gradients by re-running the bundle's UNet in PyTorch.
 
-    With the backend "torch" the UNet runs forward in PyTorch too, in float32.
+    With the backend "torch" the UNet runs forward in PyTorch too, in float32. Nothing is opened before it computes: a
+    loss may be moved to where its backend cannot run, as by a trainer that leaves what it has trained on the CPU.
     """
 
     backward: Backward = "recompute"
@@ -323,37 +326,69 @@ class RecomputeEvaluator(_BundleEvaluator):
         super().__init__(bundle, backend, device)
         self.on_tape = backend == "torch"
         if self.on_tape:
-            self.eager = EagerEvaluator(self._tapped(torch.float32), device)
-            self.batch_size = self.eager.batch_size
-        else:
-            self.sessions = {
-                name: open_graph(bundle, name, backend=backend, device=device) for name in (ENCODER, NOISE_HEAD)
-            }
-            self.unet = self._tapped(self.dtype)
+            self.batch_size = EagerEvaluator.batch_size
+        self.opened: EagerEvaluator | _Engines | None = None
+        self._opening = ProcessLock()
 
     @classmethod
-    def checked(cls, bundle: Bundle, backend: str, device: torch.device) -> Self:
-        """Return an evaluator that computes what the bundle has recorded.
-
-        Raises as `open_session` and `check_evaluator` do, and BundleError for a UNet that cannot be reloaded.
-        """
-        with torch.inference_mode(False):  # the check takes gradients, and weights made in it could have none later
-            evaluator = cls(bundle, backend, device)
-            check_evaluator(evaluator, bundle)
+    def unchecked(cls, bundle: Bundle, backend: str, device: torch.device) -> Self:
+        """Return one that is open, whatever it computes. Raises as `open_session` does."""
+        evaluator = cls(bundle, backend, device)
+        if evaluator.on_tape:
+            evaluator.opened = EagerEvaluator(evaluator._tapped(torch.float32), device)
+        else:
+            evaluator.opened = _Engines(bundle, backend, evaluator._tapped(evaluator.dtype), device)
         return evaluator
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self.checked, (self.bundle, self.backend, self.device)
+        return type(self), (self.bundle, self.backend, self.device)
 
     def to(self, device: torch.device) -> Self:
-        return self.checked(self.bundle, self.backend, device)
+        return type(self)(self.bundle, self.backend, device)
+
+    def open(self) -> EagerEvaluator | _Engines:
+        """Return what computes the loss; it is opened, and compared with the bundle's record, the first time.
+
+        Raises as `open_session` and `check_evaluator` do, and BundleError for a UNet that cannot be reloaded.
+        """
+        if self.opened is None:
+            # The check takes gradients, and weights made for inference could have none later.
+            with self._opening.lock, torch.inference_mode(False):
+                if self.opened is None:
+                    evaluator = self.unchecked(self.bundle, self.backend, self.device)
+                    check_evaluator(evaluator, self.bundle)
+                    self.opened = evaluator.opened
+        assert self.opened is not None
+        return self.opened
+
+    def evaluate(
+        self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
+    ) -> tuple[Terms, None]:
+        return self.open().evaluate(restored, target, noise, timesteps, weights)
+
+
+class _Engines:
+    """The encoder and the noise head of a bundle on an engine, and its UNet in PyTorch."""
+
+    def __init__(self, bundle: Bundle, backend: str, unet: TappedUNet, device: torch.device) -> None:
+        self.unet = unet
+        self.batch_size = bundle.batch_size
+        self.sessions = {
+            name: open_graph(bundle, name, backend=backend, device=device) for name in (ENCODER, NOISE_HEAD)
+        }
+
+    def evaluate(
+        self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
+    ) -> tuple[Terms, None]:
+        return _recompute_terms(self._features, self.unet, restored, target, noise, timesteps, weights), None
 
     def _features(self, noisy: Tensor, timesteps: Tensor, with_noise: bool) -> Features:
         # One batch at a time through both graphs: the skips between them are the largest tensors there are.
-        size = self.bundle.batch_size
         parts = [
             self._run(part, steps, with_noise)
-            for part, steps in zip(noisy.float().split(size), timesteps.float().split(size), strict=True)
+            for part, steps in zip(
+                noisy.float().split(self.batch_size), timesteps.float().split(self.batch_size), strict=True
+            )
         ]
         noise = torch.cat([part.noise for part in parts if part.noise is not None]) if with_noise else None
         return Features(torch.cat([part.bottleneck for part in parts]), noise)
@@ -366,10 +401,3 @@ class RecomputeEvaluator(_BundleEvaluator):
         head = self.sessions[NOISE_HEAD]
         noise = run_batched(head, {spec.name: tensors[spec.name] for spec in head.inputs})[NOISE]
         return Features(tensors[BOTTLENECK], noise)
-
-    def evaluate(
-        self, restored: Tensor, target: Tensor, noise: Tensor, timesteps: Tensor, weights: tuple[float, float]
-    ) -> tuple[Terms, None]:
-        if self.on_tape:
-            return self.eager.evaluate(restored, target, noise, timesteps, weights)
-        return _recompute_terms(self._features, self.unet, restored, target, noise, timesteps, weights), None

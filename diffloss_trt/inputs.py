@@ -247,6 +247,6 @@ def check_timesteps(timesteps: Tensor, batch: int, count: int, device: torch.dev
     if timesteps.device != device:
         raise InputTypeError(f"timesteps is on {timesteps.device}; expected {device}, where the loss is")
     if values:
-        low, high = (int(bound) for bound in timesteps.aminmax())
+        low, high = torch.stack(timesteps.aminmax()).tolist()  # at once, where that waits for a GPU
         if low < 0 or high >= count:
             raise InputError(f"timesteps has values from {low} to {high}; expected 0 to {count - 1}")

@@ -190,7 +190,7 @@ class DiffLoss(nn.Module):
         Args:
             bundle: the bundle's folder.
             backend: "tensorrt", "tensorrt-rtx" or "inductor", which build what they need the first time, in minutes;
-                "onnxruntime"; "torch"; "auto", which takes the fastest of these that works here; or
+                "onnxruntime"; "torch"; "auto", which takes the first of these that works here; or
                 "onnxruntime-tensorrt", ONNX Runtime's own TensorRT, which builds anew at every load.
             device: where images will be; by default the GPU if there is one.
             naturalness_weight: weight of the predicted noise's difference, >= 0; zero leaves its work out.

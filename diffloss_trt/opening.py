@@ -1,4 +1,4 @@
-"""Which backend computes a bundle's loss: the one that was asked for, or the fastest that works here."""
+"""Which backend computes a bundle's loss: the one that was asked for, or the first that works here."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ class _Wanted(NamedTuple):
 def _open(bundle: Bundle, backend: str, device: torch.device, wanted: _Wanted) -> Evaluator:
     if backend == "auto":
         return _open_fastest(bundle, device, wanted)
-    if backend == "onnxruntime" and bundle.precision == "bf16" and device.type == "cpu":
-        # Before its own words for that, which are about a node of the graph.
-        raise BackendUnavailableError("ONNX Runtime has no bf16 kernels for CPUs")
+    check_bf16(bundle, backend, device)
     if wanted.fused:
         evaluator = FusedEvaluator(bundle, backend, device, cuda_graph=wanted.cuda_graph)
         if any(wanted.weights):
@@ -75,7 +73,15 @@ def _open(bundle: Bundle, backend: str, device: torch.device, wanted: _Wanted) -
         return evaluator
     if backend == "inductor":
         raise BackendUnavailableError("inductor compiles gradient graphs, and these alone: load with backward='fused'")
-    return RecomputeEvaluator.checked(bundle, backend, device)
+    recomputing = RecomputeEvaluator(bundle, backend, device)
+    recomputing.open()
+    return recomputing
+
+
+def check_bf16(bundle: Bundle, backend: str, device: torch.device) -> None:
+    """Raise BackendUnavailableError for a bf16 bundle in ONNX Runtime on a CPU, whose words are about some node."""
+    if backend == "onnxruntime" and bundle.precision == "bf16" and device.type == "cpu":
+        raise BackendUnavailableError("ONNX Runtime has no bf16 kernels for CPUs")
 
 
 def _fastest_first(bundle: Bundle, device: torch.device, fused: bool) -> tuple[str, ...]:
@@ -88,6 +94,9 @@ def _fastest_first(bundle: Bundle, device: torch.device, fused: bool) -> tuple[s
 
 def _open_fastest(bundle: Bundle, device: torch.device, wanted: _Wanted) -> Evaluator:
     """Open the first backend that runs here and computes rightly, and say which, and why not those before it."""
+    if not any(wanted.weights):
+        # They may be given later; what works is found out on the smaller graph.
+        wanted = wanted._replace(weights=(0.0, 1.0))
     *candidates, last = _fastest_first(bundle, device, wanted.fused)
     reasons, level = "", logging.INFO
     if device.type == "cpu" and bundle.precision == "bf16" and not has_bfloat16(device):

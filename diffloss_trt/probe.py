@@ -25,7 +25,7 @@ from diffloss_trt.contract import (
     read_schedule,
 )
 from diffloss_trt.gradient import run_gradient_graph
-from diffloss_trt.tolerances import DIFFERENCE, PLAIN, PLAIN_DB, PLAIN_PLACES, Tolerance
+from diffloss_trt.tolerances import DIFFERENCE, PLAIN, PLAIN_DB, PLAIN_PLACES, Tolerance, timestep_at
 
 if TYPE_CHECKING:
     from diffloss_trt.evaluators import Evaluator
@@ -215,8 +215,7 @@ def check_evaluator(evaluator: Evaluator, bundle: Bundle) -> None:
         return
     probe, expected = found
     precision = held_to(evaluator, bundle)
-    last = len(evaluator.schedule) - 1
-    places = {round(place * last) for place in PLAIN_PLACES[precision]}
+    places = {timestep_at(place, len(evaluator.schedule)) for place in PLAIN_PLACES[precision]}
     distances = (probe.restored - probe.target).square().flatten(1).mean(1)
     # One restored image is drawn at PLAIN_DB; of its noise, the mean square is not exactly what was asked for.
     near = 0.5 * 4 * 10 ** (-PLAIN_DB / 10)

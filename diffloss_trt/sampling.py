@@ -143,7 +143,7 @@ def _inside(density: Tensor, bounds: Range) -> Tensor:
     low, high = bounds
     if not 0 <= low < high <= len(density):
         raise InputError(f"the range of timesteps is [{low}, {high}); expected 0 <= low < high <= {len(density)}")
-    index = torch.arange(len(density))
+    index = torch.arange(len(density), device=density.device)
     return density * ((index >= low) & (index < high))
 
 

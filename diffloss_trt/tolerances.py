@@ -37,6 +37,14 @@ PLAIN: Final = {
 }
 # Timesteps at which the plain form is compared, as fractions of the last one.
 PLAIN_PLACES: Final = {"fp32": (0.0, 0.01, 0.1, 0.5), "fp16": (0.01, 0.1, 0.5), "bf16": (0.01, 0.1, 0.5)}
+
+
+def timestep_at(place: float, count: int) -> int:
+    """Return the timestep at a fraction of a schedule's last one; only 0 is the first, however short the schedule."""
+    last = count - 1
+    return min(last, max(1, round(place * last))) if place else 0
+
+
 DIFFERENCE: Final = {
     "fp32": Tolerance(term=1e-5, gradient=1e-4, cosine=0.99999),
     "fp16": Tolerance(term=2e-3, gradient=1e-2, cosine=0.9999),

@@ -56,10 +56,12 @@ class TappedUNet(nn.Module):
     def __init__(self, unet: Any, schedule: NoiseSchedule) -> None:
         super().__init__()
         check_unet(unet)
-        if unet.config.time_embedding_type == "learned" and unet.time_proj.num_embeddings < len(schedule):
+        told = schedule.unet_timesteps
+        last = len(schedule) - 1 if told is None else int(told.max())
+        if unet.config.time_embedding_type == "learned" and unet.time_proj.num_embeddings <= last:
             raise ModelError(
                 f"{type(unet).__name__} has learned {unet.time_proj.num_embeddings} timesteps, "
-                f"and its schedule has {len(schedule)}"
+                f"and its schedule goes on to {last}"
             )
         self.unet = unet.eval().requires_grad_(False)
         self.schedule = schedule

@@ -14,7 +14,7 @@ from diffloss_export.programs import Program, feature_programs
 from diffloss_trt.contract import read_schedule
 from diffloss_trt.evaluators import EagerEvaluator
 from diffloss_trt.probe import CHECK_WEIGHTS, Probe, Result, run_evaluator
-from diffloss_trt.tolerances import PLAIN_DB
+from diffloss_trt.tolerances import PLAIN_DB, timestep_at
 from diffloss_trt.unet import TappedUNet, reload_unet
 
 # Where the loss is compared: timesteps as fractions of the last one, and the restored image's PSNR in dB.
@@ -54,7 +54,7 @@ class Reference:
         return cls(TappedUNet(copy.deepcopy(tapped.unet).double(), tapped.schedule), resolution)
 
     def _probe(self, tapped: TappedUNet, resolution: tuple[int, int], decibels: Sequence[float]) -> Probe:
-        timesteps = torch.tensor([round(place * (len(tapped.schedule) - 1)) for place, _ in self.places])
+        timesteps = torch.tensor([timestep_at(place, len(tapped.schedule)) for place, _ in self.places])
         return Probe.make(tapped.channels, resolution, timesteps, decibels)
 
     def programs(self) -> tuple[Program, Program]:

@@ -26,6 +26,7 @@ from diffloss_export.widened import widened_specs, write_widened
 from diffloss_trt.contract import PRECISIONS, check_graphs
 from diffloss_trt.evaluators import FusedEvaluator, RecomputeEvaluator
 from diffloss_trt.inputs import choose_device
+from diffloss_trt.opening import check_bf16
 from diffloss_trt.probe import CHECK_WEIGHTS, Result, deviations, held_to, run_evaluator, run_gradient, worst_ratio
 from diffloss_trt.tolerances import DIFFERENCE, FEATURE, PLAIN, PLAIN_DB, PLAIN_PLACES, Tolerance
 
@@ -100,12 +101,13 @@ def verify_bundle(
     report, and `raise_for_failure` raises it.
     """
     device = choose_device(device)
+    check_bf16(bundle, backend, device)
     if backend == "inductor":
         compiled_graphs(bundle)  # raises if there are none
     on_stage("checking hashes")
     bundle.verify_hashes()
     check_graphs(bundle)
-    widens = bundle.precision == "bf16" and device.type == "cpu"
+    widens = bundle.precision == "bf16" and device.type == "cpu" and backend in ("auto", *_PYTORCH)
     report = Report(backend=("torch" if widens else "onnxruntime") if backend == "auto" else backend)
     with TemporaryDirectory() as scratch:
         asked = backend if backend in _PYTORCH else None
@@ -129,7 +131,7 @@ def verify_bundle(
     on_stage("comparing loss and gradient of PyTorch's backward")
     backend = "torch" if report.backend in _PYTORCH else report.backend
     # Not `DiffLoss.load`, which refuses what is to be reported here.
-    evaluator = RecomputeEvaluator(bundle, backend, device)
+    evaluator = RecomputeEvaluator.unchecked(bundle, backend, device)
     precision = held_to(evaluator, bundle)
     places = PLAIN_PLACES[precision]
     rows = [index for index, (place, db) in enumerate(reference.places) if db <= PLAIN_DB and place in places]

@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper
 
 from diffloss_engine.bundle import MANIFEST, Bundle
-from diffloss_engine.errors import BundleError, IntegrityError, ParityError
+from diffloss_engine.errors import BackendUnavailableError, BundleError, IntegrityError, ParityError
 from diffloss_export.pipeline import export_bundle
 from diffloss_export.verify import Report, Row, verify_bundle
 from diffloss_trt.contract import (
@@ -74,6 +74,17 @@ def test_bf16_says_how_its_graphs_were_replayed(exported: Callable[..., Exported
     assert len(report.notes) == 4
     assert all("replayed in float32" in note for note in report.notes)
     assert exported(precision="fp16").report.notes == []
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [("onnxruntime", "ONNX Runtime has no bf16 kernels for CPUs"), ("tensorrt", "tensorrt needs a GPU")],
+)
+def test_bf16_on_a_cpu_and_a_backend_that_cannot(exported: Callable[..., Exported], backend: str, message: str) -> None:
+    stages: list[str] = []
+    with pytest.raises(BackendUnavailableError, match=message):
+        verify_bundle(exported(precision="bf16").bundle, backend=backend, device="cpu", on_stage=stages.append)
+    assert not any("computing" in stage for stage in stages)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,13 @@ def test_copies_go_on_by_themselves() -> None:
     assert not torch.equal(draw(draws), expected)
 
 
+def test_the_state_is_on_the_cpu_whatever_the_default_device(make_loss: Callable[[int | None], DiffLoss]) -> None:
+    loss = make_loss(5)
+    with torch.device("meta"):
+        state = loss.state_dict()
+    assert state[STATE].tolist() == [5, 0]
+
+
 def test_a_copied_loss_draws_by_itself(make_loss: Callable[[int | None], DiffLoss]) -> None:
     loss = make_loss(5)
     for other in (copy.copy(loss), copy.deepcopy(loss)):

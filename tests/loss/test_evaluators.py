@@ -31,7 +31,7 @@ from diffloss_engine.tensor_files import load_tensors, save_tensors
 from diffloss_export.verify import verify_bundle
 from diffloss_trt import DiffLoss, NoiseSchedule
 from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
-from diffloss_trt.evaluators import FusedEvaluator, RecomputeEvaluator
+from diffloss_trt.evaluators import EagerEvaluator, FusedEvaluator, RecomputeEvaluator
 from diffloss_trt.inputs import Backward
 from diffloss_trt.tolerances import DIFFERENCE, PLAIN
 from exports import edit_json, shared_evaluator, without_gradient
@@ -324,8 +324,10 @@ def test_every_batch_size_from_one_to_nine(exported: Exported, make_batch: Calla
 def test_semantic_term_alone_does_not_run_the_noise_head(exported: Exported, batch: Batch) -> None:
     loss = DiffLoss.load(exported[0], "onnxruntime", "cpu", 0.0, 1.0, backward="recompute", value_range=(-1, 1))
     assert isinstance(loss.evaluator, RecomputeEvaluator)
-    calls = count_calls(loss.evaluator.unet.unet)
-    loss.evaluator.sessions["noise_head"].close()  # a call would raise BackendError
+    engines = loss.evaluator.open()
+    assert not isinstance(engines, EagerEvaluator)
+    calls = count_calls(engines.unet.unet)
+    engines.sessions["noise_head"].close()  # a call would raise BackendError
     value_and_gradient(loss, batch, torch.float32)
     assert calls == ENCODER_ONLY
 
@@ -363,7 +365,7 @@ def test_what_a_pickle_finds_is_checked_anew(exported: Exported, tmp_path: Path)
         manifest["files"]["unet/diffusion_pytorch_model.safetensors"]["sha256"] = file_sha256(weights)
 
     with pytest.raises(IntegrityError, match="was altered"):
-        pickle.loads(pickled)
+        pickle.loads(pickled).evaluator.open()
     edit_json(folder / "manifest.json", rehash)  # as an export of other weights to the same place would leave it
     with pytest.raises(IntegrityError, match="another bundle than it did when this was pickled"):
         pickle.loads(pickled)
@@ -375,11 +377,22 @@ def test_a_recompute_loss_is_checked_wherever_it_is_opened(
 ) -> None:
     loss = DiffLoss.load(exported[0], backend, "cpu", backward="recompute")
     pickled = pickle.dumps(loss)
+    unpickled: DiffLoss = pickle.loads(pickled)
     strict = replace(PLAIN["fp32"], gradient=1e-12)
     monkeypatch.setitem(PLAIN, "fp32", strict)
-    for opened in (lambda: pickle.loads(pickled), lambda: loss.evaluator.to(torch.device("cpu"))):
+    for evaluator in (unpickled.evaluator, loss.evaluator.to(torch.device("cpu"))):
+        assert isinstance(evaluator, RecomputeEvaluator)
         with pytest.raises(ParityError, match="gradient is off by"):
-            opened()
+            evaluator.open()
+
+
+@pytest.mark.parametrize("kind", [FusedEvaluator, RecomputeEvaluator])
+def test_a_loss_may_be_moved_to_where_its_backend_cannot_run(exported: Exported, batch: Batch, kind: Any) -> None:
+    """As a trainer moves what it has trained to the CPU; it is an error to compute there."""
+    cpu = torch.device("cpu")
+    evaluator = kind(Bundle.open(exported[0]), "tensorrt", cpu).to(cpu)
+    with pytest.raises(BackendUnavailableError, match="tensorrt needs a GPU"):
+        evaluator.evaluate(*batch, (1.0, 1.0))
 
 
 @pytest.mark.parametrize("backward", ["fused", "recompute"])

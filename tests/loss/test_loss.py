@@ -7,6 +7,7 @@ import functools
 import itertools
 import logging
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -314,6 +315,17 @@ def test_auto_says_once_what_it_takes(
     assert [record.getMessage() for record in caplog.records if record.name.startswith("diffloss")] == [
         "backend auto: onnxruntime on cpu"
     ]
+
+
+def test_auto_tries_what_a_weight_may_ask_for_later(
+    exported: tuple[Path, Any, NoiseSchedule], monkeypatch: pytest.MonkeyPatch, make_batch: Callable[..., Batch]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as where it is not installed
+    loss = DiffLoss.load(exported[0], device="cpu", naturalness_weight=0, semantic_weight=0, value_range=(-1, 1))
+    assert loss.backend == "torch"
+    loss.naturalness_weight = 1.0
+    restored, target, noise, timesteps = make_batch(dtype=torch.float32)
+    assert loss(restored, target, noise=noise, timesteps=timesteps) > 0
 
 
 BATCHES = [

@@ -34,7 +34,7 @@ from diffloss_trt.probe import (
     recorded,
     run_evaluator,
 )
-from diffloss_trt.tolerances import DIFFERENCE, Tolerance
+from diffloss_trt.tolerances import DIFFERENCE, Tolerance, timestep_at
 from exports import edit_json, rehash, repoint
 
 Exported = tuple[Path, Any, NoiseSchedule]
@@ -315,3 +315,9 @@ def test_tf32_is_allowed_for_where_pytorch_multiplies(
     runs: Any = SimpleNamespace(device=torch.device(device), backend=backend, backward=backward)
     bundle: Any = SimpleNamespace(precision=precision)
     assert held_to(runs, bundle) == held
+
+
+def test_only_the_first_place_is_the_first_timestep_however_short_the_schedule() -> None:
+    assert [timestep_at(place, 1000) for place in (0.0, 0.01, 0.1, 0.5, 1.0)] == [0, 10, 100, 500, 999]
+    assert [timestep_at(place, 25) for place in (0.0, 0.01, 0.1, 0.5, 1.0)] == [0, 1, 2, 12, 24]
+    assert [timestep_at(place, 1) for place in (0.0, 0.01, 1.0)] == [0, 0, 0]

@@ -124,6 +124,13 @@ def test_annealing_keeps_proportions_inside_the_range() -> None:
     assert density.count_nonzero() == 200
 
 
+def test_a_density_is_where_it_is_whatever_the_default_device() -> None:
+    weighted = snr_weighted(SCHEDULE)
+    expected = Annealed(weighted, start=(0, COUNT), end=(200, 400), steps=10)(10)
+    with torch.device("meta"):
+        assert torch.equal(Annealed(weighted, start=(0, COUNT), end=(200, 400), steps=10)(10), expected)
+
+
 def test_draws_come_from_the_generator_alone() -> None:
     for low_discrepancy in (False, True):
         state = torch.get_rng_state()
