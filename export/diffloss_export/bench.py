@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import first_line
 from diffloss_engine.fp32_precision import rounds_convolutions
+from diffloss_engine.inductor import has_bfloat16
 from diffloss_trt import DiffLoss
 from diffloss_trt.contract import PRECISIONS, read_schedule
 from diffloss_trt.evaluators import EagerEvaluator
@@ -116,9 +117,12 @@ def _steps(
         evaluator.on_tape = True
         return DiffLoss(evaluator, value_range=(-1.0, 1.0))
 
-    dtype = PRECISIONS[bundle.precision] if device.type == "cuda" else torch.float32
+    # In fp16, and where a CPU does not multiply bf16, it would be slower there than in fp32.
+    as_stored = device.type == "cuda" or (bundle.precision == "bf16" and has_bfloat16(device))
+    dtype = PRECISIONS[bundle.precision] if as_stored else torch.float32
     compiled = tapped(dtype)
-    nn.utils.convert_conv2d_weight_memory_format(compiled.unet, torch.channels_last)
+    for peer in (eager, compiled):
+        nn.utils.convert_conv2d_weight_memory_format(peer.unet, torch.channels_last)
     compiled.features = torch.compile(compiled.features)  # type: ignore[method-assign]
     ours = DiffLoss.load(bundle.path, backend=backend, device=device, value_range=(-1.0, 1.0))
     return {

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from diffloss_engine.bundle import Bundle
+    from diffloss_engine.trt_profile import Profile
     from diffloss_export.verify import Report
 
 FAILED_CHECK, WRONG_INPUT = 1, 2
@@ -47,7 +48,7 @@ def _run(args: argparse.Namespace) -> int:
         return _doctor(args) if args.run is _doctor else _run_with_torch(args)
     except KeyboardInterrupt as interrupt:
         # What `build` had finished before stays in the cache.
-        written = ", no bundle was written" if args.run is _onnx else ""
+        written = ", no bundle was written" if args.run is _onnx and not os.path.lexists(args.output) else ""
         print(f"diffloss-export: interrupted{written}", file=sys.stderr)
         return _ENDED_BY + next(iter(interrupt.args), signal.SIGINT)
 
@@ -218,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     for command in (build, verify, bench, profile, inspect):
         command.add_argument("bundle", metavar="BUNDLE", help="a folder that 'diffloss-export onnx' wrote")
-    automatic = {verify: "ONNX Runtime, or PyTorch for a bf16 bundle on a CPU", bench: "the fastest that runs here"}
+    automatic = {verify: "ONNX Runtime, or PyTorch for a bf16 bundle on a CPU", bench: "the first that runs here"}
     for command, chosen in automatic.items():
         command.add_argument(
             "--backend",
@@ -241,9 +242,11 @@ def _onnx(args: argparse.Namespace) -> int:
     from diffloss_engine.bundle_writer import BundleWriter
     from diffloss_export.model_files import read_json
     from diffloss_export.models import load_model
-    from diffloss_export.pipeline import export_bundle
+    from diffloss_export.pipeline import check_request, export_bundle
 
-    BundleWriter(args.output, overwrite=args.overwrite)  # refuses a bad destination before the model is loaded
+    # What is refused shall be so before the model is loaded.
+    BundleWriter(args.output, overwrite=args.overwrite)
+    check_request(args.batch_size, args.precision)
     with _stages() as on_stage:
         on_stage(f"loading {args.model}")
         model = load_model(
@@ -417,22 +420,29 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _profile(args: argparse.Namespace) -> int:
     from diffloss_engine.bundle import Bundle
-    from diffloss_engine.trt_profile import largest
-    from diffloss_export.profile import PERCENTILES, check_output, draw, profile_bundle, to_json
+    from diffloss_export.profile import check_output, draw, profile_bundle, to_json
 
     bundle = Bundle.open(args.bundle)
     if args.output:
         check_output(args.output, bundle)  # what is missing is to be known before the plans are run
     with _stages() as on_stage:
         profiles = profile_bundle(bundle, flavour=args.backend, runs=args.runs, on_stage=on_stage)
-    if args.output:
-        draw(profiles, args.output)
     if args.json:
         print(json.dumps(to_json(profiles), indent=2))
-        return 0
+    else:
+        _print_profiles(profiles)
+    if args.output:  # last: what was measured is not lost with it
+        draw(profiles, args.output)
+    return 0
+
+
+def _print_profiles(profiles: dict[str, Profile]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from diffloss_engine.trt_profile import largest
+    from diffloss_export.profile import PERCENTILES
 
     for name, found in profiles.items():
         percentiles = ", ".join(f"p{percent} {found.percentile(percent):.3f}" for percent in PERCENTILES)
@@ -440,7 +450,6 @@ def _profile(args: argparse.Namespace) -> int:
         for layer, ms in largest(found.layers, 20):
             table.add_row(Text(layer), f"{ms:.3f}")
         Console().print(table)
-    return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -458,13 +467,22 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _explain(args: argparse.Namespace) -> int:
     from diffloss_engine.bundle import Bundle
-    from diffloss_export.explain import check_output, draw, explain, load_loss, read_images, to_json
+    from diffloss_export.explain import (
+        check_draws,
+        check_output,
+        draw,
+        explain,
+        load_loss,
+        read_images,
+        to_json,
+    )
     from diffloss_export.pictures import write_picture
     from diffloss_trt.contract import read_channels
     from diffloss_trt.inputs import choose_device
 
     bundle = None if args.bundle is None else Bundle.open(args.bundle)
     check_output(args.output, args.restored, args.target, bundle=bundle)
+    check_draws(args.draws, args.seed)
     restored, target = read_images(args.restored, args.target, 3 if bundle is None else read_channels(bundle))
     with _stages() as on_stage:
         on_stage("loading")
@@ -472,12 +490,12 @@ def _explain(args: argparse.Namespace) -> int:
         given = {name: weight for name, weight in weights.items() if weight is not None}
         loss, tile = load_loss(bundle, device=choose_device(args.device), **given)
         explanation = explain(loss, restored, target, tile=tile, draws=args.draws, seed=args.seed, on_stage=on_stage)
-    write_picture(args.output, draw(explanation, restored).save)
     if args.json:
         print(json.dumps(to_json(explanation), indent=2))
-        return 0
-    terms = ", ".join(f"{name} {value:.4g}" for name, value in explanation.terms.items())
-    print(f"{args.output}: {terms}, means over {args.draws} timesteps, tiles of {tile[0]}x{tile[1]}")
+    else:
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in explanation.terms.items())
+        print(f"{args.output}: {terms}, means over {args.draws} timesteps, tiles of {tile[0]}x{tile[1]}")
+    write_picture(args.output, draw(explanation, restored).save)  # last: what was computed is not lost with it
     return 0
 
 

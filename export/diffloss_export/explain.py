@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,10 +74,7 @@ def explain(
 
     Raises InputError if draws is below 1 or `seed` is not in [0, 2**63), and as the loss does.
     """
-    if draws < 1:
-        raise InputError(f"the number of draws is {draws}; expected at least 1")
-    if not 0 <= seed < 2**63:
-        raise InputError(f"seed is {seed}; expected 0 to 2**63 - 1")
+    check_draws(draws, seed)
     height, width = restored.shape[1:]
     padding = (0, max(0, tile[1] - width), 0, max(0, tile[0] - height))
     images = torch.stack([restored, target]).to(loss.device)
@@ -108,6 +106,14 @@ def explain(
         rows.append({"timestep": int(timestep), **{name: value / len(places) for name, value in sums.items()}})
     push = (gradient / covered)[:, :height, :width].abs().sum(0)
     return Explanation(push.cpu(), tuple(rows))
+
+
+def check_draws(draws: int, seed: int) -> None:
+    """Raise InputError unless `explain` can take them."""
+    if draws < 1:
+        raise InputError(f"the number of draws is {draws}; expected at least 1")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed is {seed}; expected 0 to 2**63 - 1")
 
 
 def _starts(size: int, tile: int, shift: int) -> list[int]:
@@ -168,7 +174,10 @@ def read_image(path: Path, channels: int) -> Tensor:
             if image.mode not in _EIGHT_BITS:
                 raise InputError(f"{path} has pixels of kind {image.mode}; expected 8 bits a channel")
             pixels = ImageOps.exif_transpose(image).convert(_MODES[channels])
-    except (OSError, Image.DecompressionBombError) as error:
+    except InputError:
+        raise
+    # The last three where Pillow meets damage inside a file.
+    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError, struct.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise InputError(f"{path} cannot be read: {reason}") from error
     values = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)

@@ -146,7 +146,8 @@ def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
             f"{folder}: only variants of the weights, {', '.join(variants)}; one of them is read once it is renamed to "
             f"{WEIGHTS}"
         )
-    raise ModelError(f"{folder}: no weights: expected {WEIGHTS}")
+    pickled = "" if allow_pickle else f"; {PICKLED_WEIGHTS}, a pickle, is read if asked for (--allow-pickle)"
+    raise ModelError(f"{folder}: no weights: expected {WEIGHTS}{pickled}")
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -162,9 +162,9 @@ def _load_folder(folder: Path, source: str, class_label: int | None, allow_pickl
     unet_folder = _find_unet(folder)
     config = _read_unet_config(unet_folder)
     with _quiet():
+        schedule, schedule_notes = _load_schedule(folder)  # before gigabytes are read
         unet, unet_notes = _load_unet(unet_folder, config, allow_pickle)
         unet = _finished(unet, str(unet_folder), class_label)
-        schedule, schedule_notes = _load_schedule(folder)
     return LoadedModel(unet, schedule, source, unet_notes + schedule_notes)
 
 
@@ -195,7 +195,9 @@ def _download(repository: str, revision: str | None, allow_pickle: bool) -> Path
     """Bring a Hub repository's UNet and scheduler into the local cache; the configuration first, to refuse early."""
     with _quiet():
         folder = _snapshot(repository, revision, _HUB_JSON)
-        _read_unet_config(_find_unet(folder))
+        unet = _find_unet(folder)
+        _build_unet(unet, _read_unet_config(unet))
+        _load_schedule(folder)
         # The folder is called after the commit: the branch may have moved in between.
         folder = _snapshot(repository, folder.name, _HUB_WEIGHTS)
         unet = _find_unet(folder)
@@ -272,17 +274,22 @@ def _read_unet_config(unet_folder: Path) -> dict[str, Any]:
 def _load_unet(folder: Path, config: dict[str, Any], allow_pickle: bool) -> tuple[UNet2DModel, tuple[str, ...]]:
     from diffusers import UNet2DModel
 
-    try:
-        unet = build_unet(config)
-    # A constructor fed with wrong values raises anything.
-    except Exception as error:
-        raise ModelError(f"{folder / _CONFIG}: no UNet2DModel can be built from it: {first_line(error)}") from error
+    unet = _build_unet(folder, config)
     weights = read_weights(folder, unet.state_dict(), allow_pickle=allow_pickle)
     unet.load_state_dict(weights, assign=True)
     known = inspect.signature(UNet2DModel.__init__).parameters
     unknown = sorted(key for key in config if not key.startswith("_") and key not in known)
     notes = (f"{_CONFIG} has settings that the installed diffusers ignores: {', '.join(unknown)}",) if unknown else ()
     return unet, notes
+
+
+def _build_unet(folder: Path, config: dict[str, Any]) -> UNet2DModel:
+    """Return the UNet of a configuration, without weights."""
+    try:
+        return build_unet(config)
+    # A constructor fed with wrong values raises anything.
+    except Exception as error:
+        raise ModelError(f"{folder / _CONFIG}: no UNet2DModel can be built from it: {first_line(error)}") from error
 
 
 def _finished(unet: UNet2DModel, where: str, class_label: int | None) -> UNet2DModel:
@@ -331,6 +338,8 @@ def _load_schedule(folder: Path) -> tuple[NoiseSchedule, tuple[str, ...]]:
     name = config.get("_class_name")
     if name is None:
         raise ModelError(f"{path}: found no _class_name, expected a diffusers scheduler's")
+    if config.get("predict_epsilon") is False:
+        config.setdefault("prediction_type", "sample")  # diffusers' older word for it, which it does not know any more
     if not isinstance(name, str) or not name.endswith("Scheduler") or not hasattr(diffusers, name):
         raise ModelError(f"{path}: {name!r} is not a scheduler of the installed diffusers {diffusers.__version__}")
     try:

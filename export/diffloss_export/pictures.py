@@ -12,9 +12,13 @@ from diffloss_engine.errors import InputError
 
 
 def check_place(path: Path, bundle: Bundle | None) -> None:
-    """Raise InputError if there is no folder for `path`, or if it is in the bundle, which knows all of its files."""
+    """Raise InputError if no file can be made there, or if it is in the bundle, which knows all of its files."""
     if not path.absolute().parent.is_dir():
         raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
+    if path.is_dir():
+        raise InputError(f"{path} cannot be written: it is a folder")
+    if not os.access(path.resolve().parent, os.W_OK | os.X_OK):
+        raise InputError(f"{path} cannot be written: the folder {path.resolve().parent} is not writable")
     if bundle is not None and path.resolve().is_relative_to(bundle.path.resolve()):
         raise InputError(f"{path} is not written: it would be in the bundle, which could not be opened any more")
 

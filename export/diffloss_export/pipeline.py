@@ -15,6 +15,7 @@ from diffloss_engine.bundle import Bundle, Graph, file_sha256
 from diffloss_engine.bundle_writer import BundleWriter
 from diffloss_engine.errors import InputError, ModelError
 from diffloss_engine.manifest import LARGEST_BATCH, LONGEST_SIDE
+from diffloss_engine.ort_session import import_runtime
 from diffloss_engine.tensor_files import save_tensors
 from diffloss_export.onnx_write import WeightFile, write_graph
 from diffloss_export.programs import blank_feature_programs, trace
@@ -72,13 +73,11 @@ def export_bundle(
 
     Raises:
         InputError: an argument cannot be used.
+        BackendUnavailableError: there is no ONNX Runtime to replay the graphs with.
         ModelError: the model cannot be expressed in ONNX.
         ParityError: a graph does not compute what eager PyTorch does.
     """
-    if precision not in PRECISIONS:
-        raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    if not 1 <= batch_size <= LARGEST_BATCH:
-        raise InputError(f"batch size is {batch_size}; expected 1 to {LARGEST_BATCH}")
+    check_request(batch_size, precision)
     activation = model.unet.config.act_fn
     if activation not in ("silu", "swish"):
         raise ModelError(f"the UNet has act_fn {activation!r}; expected 'silu', the only one that can be exported")
@@ -111,6 +110,15 @@ def export_bundle(
             check=check,
         )
     return bundle, reports[0]
+
+
+def check_request(batch_size: int, precision: str) -> None:
+    """Raise, as `export_bundle` does, what is to be known before a model is fetched or read."""
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    if not 1 <= batch_size <= LARGEST_BATCH:
+        raise InputError(f"batch size is {batch_size}; expected 1 to {LARGEST_BATCH}")
+    import_runtime()
 
 
 def write_graphs(

@@ -218,6 +218,18 @@ def test_wrong_usage_is_one_line(run: Run, arguments: list[str], message: str) -
     assert message in refusal(err)
 
 
+@pytest.mark.parametrize("damage", ["batch size", "no ONNX Runtime"])
+def test_what_no_model_could_mend_is_refused_before_one_is_loaded(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    options = ["--batch-size", 0] if damage == "batch size" else []
+    if not options:
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    status, out, err = run("onnx", tmp_path / "no model", "-o", tmp_path / "bundle", *options)
+    assert (status, out) == (2, "")
+    assert ("batch size is 0" if options else "onnxruntime") in refusal(err)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

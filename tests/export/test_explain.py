@@ -200,11 +200,14 @@ def test_what_cannot_be_read_or_written(
         (tmp_path / "out.bufr", "out.bufr cannot be written: BUFR save handler not installed; expected"),
         (tmp_path / "none" / "out.png", "there is no folder"),
         (exported().bundle.path / "unet" / "out.png", "it would be in the bundle"),
-        (folder, "folder.png cannot be written: Is a directory"),
+        (folder, "folder.png cannot be written: it is a folder"),
     ):
         assert message in refused(capsys, "--restored", image, "--target", image, *rest, path)
-    seed = refused(capsys, "--restored", image, "--target", image, *rest, out, "--seed", 2**64)
-    assert f"seed is {2**64}; expected 0 to 2**63 - 1" in seed
+    for option, value, message in (
+        ("--seed", 2**64, f"seed is {2**64}; expected 0 to 2**63 - 1"),
+        ("--draws", 0, "the number of draws is 0; expected at least 1"),
+    ):
+        assert message in refused(capsys, "--restored", image, "--target", image, *rest, out, option, value)
     assert not out.exists()
 
 
@@ -227,6 +230,24 @@ def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "part.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-1000])
     with pytest.raises(InputError, match=r"part\.png cannot be read: image file is truncated"):
         read_image(tmp_path / "part.png", 3)
+
+
+def test_damage_inside_of_an_image_is_no_traceback(tmp_path: Path) -> None:
+    """Pillow has other classes of errors for it than OSError."""
+    path = tmp_path / "damaged.png"
+    Image.effect_noise((400, 400), 50).save(path)
+    whole = path.read_bytes()
+    second = whole.index(b"IDAT", whole.index(b"IDAT") + 4)
+    path.write_bytes(whole[:second] + b"I\0AT" + whole[second + 4 :])
+    with pytest.raises(InputError, match=r"damaged\.png cannot be read: broken PNG file"):
+        read_image(path, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (4, 2)).save(path.with_suffix(".jpg"), exif=exif, dpi=(72, 72))
+    whole = path.with_suffix(".jpg").read_bytes()
+    path.with_suffix(".jpg").write_bytes(whole.replace(b"Exif\0\0MM\0*", b"Exif\0\0XX\0*"))
+    with pytest.raises(InputError, match=r"damaged\.jpg cannot be read: not a TIFF file"):
+        read_image(path.with_suffix(".jpg"), 3)
 
 
 def test_images_are_turned_as_they_say(tmp_path: Path) -> None:

@@ -293,6 +293,17 @@ def test_prediction_type_is_carried(alone: Path, prediction_type: str) -> None:
     assert load_model(str(alone)).schedule.prediction_type == prediction_type
 
 
+def test_the_older_word_for_predicting_the_sample(alone: Path) -> None:
+    DDPMScheduler().save_pretrained(alone)
+    path = alone / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    del config["prediction_type"]
+    path.write_text(json.dumps(config | {"predict_epsilon": False}))
+    assert load_model(str(alone)).schedule.prediction_type == "sample"
+    path.write_text(json.dumps(config | {"predict_epsilon": True}))
+    assert load_model(str(alone)).schedule.prediction_type == "epsilon"
+
+
 @pytest.mark.parametrize("scheduler", [DDIMScheduler(200), PNDMScheduler(200), diffusers.EulerDiscreteScheduler(200)])
 def test_scheduler_classes(alone: Path, scheduler: Any) -> None:
     scheduler.save_pretrained(alone / "scheduler")
@@ -449,7 +460,7 @@ def test_weights_of_another_architecture(alone: Path, changes: dict[str, Any], e
 
 def test_missing_weights(alone: Path) -> None:
     (alone / WEIGHTS).unlink()
-    refused(alone, str(alone), "no weights", WEIGHTS)
+    refused(alone, str(alone), "no weights", WEIGHTS, "a pickle, is read if asked for (--allow-pickle)")
 
 
 def test_variants_of_the_weights_are_named(alone: Path, unet: UNet2DModel) -> None:
@@ -752,6 +763,19 @@ def test_hub_repository_is_refused_before_its_weights_are_fetched(
     edit_json(remote / "unet" / "config.json", _class_name="UNet2DConditionModel")
     refused("someone/something", "text-conditional")
     assert asked == [None]
+
+
+def test_so_is_a_hub_repository_of_which_nothing_could_be_made(
+    hub: tuple[Path, list[str | None]], unet: UNet2DModel
+) -> None:
+    remote, asked = hub
+    unet.save_pretrained(remote)
+    (remote / "scheduler_config.json").write_text('{"_class_name": "NoSuchScheduler"}')
+    refused("someone/something", "'NoSuchScheduler' is not a scheduler")
+    (remote / "scheduler_config.json").unlink()
+    edit_json(remote / "config.json", down_block_types=["NoSuchBlock"] * 2)
+    refused("someone/something", "no UNet2DModel can be built from it")
+    assert asked == [None, None]
 
 
 def test_repository_in_the_hubs_cache_needs_no_network(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffloss_engine.errors import InputError
-from diffloss_export.pictures import write_picture
+from diffloss_export.pictures import check_place, write_picture
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("too many pixels")])
@@ -32,3 +32,12 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert link.is_symlink()
     assert picture.read_text() == "picture"
     assert sorted(tmp_path.iterdir()) == [link, picture]
+
+
+def test_where_no_file_can_be_made_is_known_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_place(tmp_path / "picture.png", None)
+    with pytest.raises(InputError, match="it is a folder"):
+        check_place(tmp_path, None)
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(InputError, match="is not writable"):
+        check_place(tmp_path / "picture.png", None)
