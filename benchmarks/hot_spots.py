@@ -36,7 +36,7 @@ _RUNS: Final = 5
 
 
 def _of_pytorch(setting: Setting, images: Images, way: str, precision: str) -> dict[str, Any]:
-    chosen = next(w for w in ways(setting, ()) if (w.way, w.precision) == (way, precision))
+    chosen = next(w for w in ways(setting, ("bf16",)) if (w.way, w.precision) == (way, precision))
     step = chosen.step(setting)
     with FlopCounterMode(display=False) as counter:
         step(images)

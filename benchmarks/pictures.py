@@ -21,10 +21,10 @@ BLUE, GREY, ORANGE = "#0072B2", "#888888", "#D55E00"
 STYLE: dict[Any, Any] = {"font.size": 7.5, "axes.linewidth": 0.6, "font.family": "DejaVu Sans"}
 
 
-def to_png(figure: Figure, content: Any) -> bytes:
+def to_png(figure: Figure, content: Any, dpi: int = 160) -> bytes:
     """Return a picture of `content`."""
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=160, metadata={_DRAWN_FROM: _digest(content)})
+    figure.savefig(picture, format="png", dpi=dpi, metadata={_DRAWN_FROM: _digest(content)})
     return picture.getvalue()
 
 

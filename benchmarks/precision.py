@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import io
 import json
 import math
 import sys
@@ -44,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 from machine import describe  # noqa: E402
+from pictures import to_png  # noqa: E402
 
 from degradations import low_light, rain  # noqa: E402
 from diffloss_export.models import load_model  # noqa: E402
@@ -645,9 +645,7 @@ def main() -> int:
         if not args.earlier:
             RESULTS.mkdir(parents=True, exist_ok=True)
             write_whole(text.encode(), RESULTS / f"precision-{args.name}.json")
-        picture = io.BytesIO()
-        draw(rows).savefig(picture, format="png", dpi=300)
-        write_whole(picture.getvalue(), FIGURE)
+        write_whole(to_png(draw(rows), json.loads(text), dpi=300), FIGURE)
         write_page(page)
     beyond = failures(rows)
     for line in beyond:

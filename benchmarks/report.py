@@ -130,10 +130,13 @@ def make_report(results: dict[str, Content]) -> Report:
 
 
 def make_summary(results: dict[str, Content]) -> Report:
-    """Lay out what README.md shows of them. Its pictures are those of docs/performance.md."""
+    """Lay out what README.md shows of them. Its pictures are those of docs/performance.md.
+
+    Of each type of device one machine: the files of others have more behind the type in their names.
+    """
     parts: list[str] = []
     for stem, content in results.items():
-        if summarize := _benchmark(stem).summarize:
+        if (summarize := _benchmark(stem).summarize) and stem.endswith(content["device_type"]):
             parts += summarize(content, *(each.path for each in _pictures(stem, content)))
     # A level further down than on a page of their own.
     parts = [f"#{part}" if part.startswith("#") else part for part in parts]

@@ -110,10 +110,19 @@ def loss_step(content: Content, picture: str | None = None, *, brief: bool = Fal
     ]
 
 
+# By what a CPU multiplies bf16 with, if it does: on that the choice of a precision depends. The first that it has.
+_KINDS_OF_CPU: Final = {
+    "amx_bf16": ", on a CPU with AMX",
+    "avx512_bf16": ", on a CPU with AVX-512 BF16",
+    "": ", on a CPU that does not multiply bf16",
+}
+
+
 def _kind_of_cpu(content: Content) -> str:
-    """Return what the heading says of a CPU, on which the choice of a precision depends."""
-    plain = content["device_type"] == "cpu" and "bf16" not in content["device"]
-    return ", on a CPU that does not multiply bf16" if plain else ""
+    """Return what the heading says of a CPU."""
+    if content["device_type"] != "cpu":
+        return ""
+    return next(kind for feature, kind in _KINDS_OF_CPU.items() if feature in content["device"])
 
 
 def shown_rows(content: Content) -> list[Row]:
@@ -229,7 +238,7 @@ def train_step(content: Content, picture: str | None = None) -> list[str]:
         lines.append([row["loss"], _time(row), *cells])
     side = content["side"]
     return [
-        "## A training step",
+        f"## A training step{_kind_of_cpu(content)}",
         "The whole step of a restoration network with the layout of NAFNet at width 32 "
         f"({content['network_parameters'] / 1e6:.1f} M parameters), batch {content['batch_size']} of {side}x{side} "
         f"pixels, with the UNet of {title(content['configuration'])}; medians and quartiles; {_machine(content)}; "
@@ -293,8 +302,10 @@ def _processes(found: dict[str, Any]) -> list[str]:
         "On paper, with these numbers, where each rank has a processor and a link of its own and nothing of the "
         "exchange is hidden behind the backward pass:",
         markdown_table(["ranks", "ms", "images/s", "efficiency"], lines),
-        f"However many ranks, efficiency stays above {one / (one + 2 * exchange):.0%}. What limits it otherwise: each "
-        "rank holds the UNet and its activations, and a batch cannot be shared by more ranks than it has images.",
+        f"By this sum efficiency stays above {one / (one + 2 * exchange):.0%} however many ranks there are. The "
+        f"{found['ranks']} that were measured, which share a machine, reached {one / exchanging:.0%}. What limits it "
+        "otherwise: each rank holds the UNet and its activations, and a batch cannot be shared by more ranks than it "
+        "has images.",
     ]
 
 

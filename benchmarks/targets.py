@@ -8,7 +8,7 @@ from typing import Any, Final
 
 Row = dict[str, Any]
 EAGER: Final = "eager PyTorch"
-AS_AUTHORS: Final = "eager PyTorch as the authors write it"
+UNFROZEN: Final = "eager PyTorch, nothing frozen"
 COMPILE: Final = "torch.compile"
 OURS: Final = "diffloss-trt, "  # and the backend: value and gradient from the engine
 # The distance of restored and target, in dB, at which errors are held against targets.
@@ -62,7 +62,7 @@ def ratio(over: list[Row], under: list[Row], key: str = "median_ms") -> float | 
 
 def _error_ratio(rows: list[Row]) -> float | None:
     ours = select(rows, OURS, "fp16")
-    others = [*select(rows, COMPILE, "fp16"), *select(rows, AS_AUTHORS)[:1]]
+    others = [*select(rows, COMPILE, "fp16"), *select(rows, UNFROZEN)[:1]]
     if not ours or not others:
         return None
     return float(min(row["gradient_error"][DECIBELS] for row in others) / ours[0]["gradient_error"][DECIBELS])
@@ -115,9 +115,9 @@ TARGETS: Final = (
                 lambda rows: ratio(select(rows, COMPILE, "fp16"), select(rows, OURS, "fp16")),
             ),
             Target(
-                "the same, times eager as the authors write it",
+                "the same, times eager with nothing frozen",
                 5,
-                lambda rows: ratio(select(rows, AS_AUTHORS), select(rows, OURS, "fp16")),
+                lambda rows: ratio(select(rows, UNFROZEN), select(rows, OURS, "fp16")),
             ),
             Target(f"the smaller of their gradient errors at {DECIBELS} dB over ours", 10, _error_ratio),
             Target(

@@ -27,7 +27,9 @@ from nafnet import WideRestorationNetwork
 from perceptual import PerceptualLoss
 from timing import interleaved
 from torch import Tensor, nn
+from ways import TERMS, Images, objective
 
+from diffloss_engine.inductor import has_bfloat16
 from diffloss_trt import DiffLoss
 from diffloss_trt.inputs import choose_device
 
@@ -61,13 +63,33 @@ class Setting:
         nn.utils.convert_conv2d_weight_memory_format(tapped.unet, torch.channels_last)
         return DiffLoss.from_unet(tapped.unet, tapped.schedule)
 
+    def autocast(self) -> Loss:
+        """Return the formula as a user would write it under `torch.autocast`, on images in [0, 1]."""
+        tapped = load_tapped(self.folder, self.configuration, torch.float32, self.device)
+        nn.utils.convert_conv2d_weight_memory_format(tapped.unet, torch.channels_last)
+        total = objective(tapped, TERMS["both"], autocast=True)
+
+        def loss(restored: Tensor, target: Tensor) -> Tensor:
+            restored, target = 2 * restored - 1, 2 * target - 1
+            timesteps = torch.randint(len(tapped.schedule), (len(target),), device=target.device)
+            return total(restored, Images(restored, target, torch.randn_like(target), timesteps))
+
+        return loss
+
+    def perceptual(self) -> Loss:
+        loss = PerceptualLoss().to(self.device)
+        nn.utils.convert_conv2d_weight_memory_format(loss, torch.channels_last)
+        return loss
+
     def losses(self) -> dict[str, Callable[[], Loss]]:
         """Return what makes each row's loss, by the row's name."""
         rows: dict[str, Callable[[], Loss]] = {
             NONE: lambda: lambda restored, _: torch.zeros((), device=restored.device),
-            "perceptual, VGG-16 as in LPIPS": lambda: PerceptualLoss().to(self.device),
+            "perceptual, VGG-16 as in LPIPS": self.perceptual,
             eager_fp32("DiffLoss, eager PyTorch", self.device): self.eager,
         }
+        if has_bfloat16(self.device):
+            rows["DiffLoss, eager PyTorch, bf16 autocast"] = self.autocast
         for backend, precision in OURS[self.device.type]:
             rows[f"DiffLoss, diffloss-trt {backend}, {precision}"] = functools.partial(self.ours, backend, precision)
         return rows

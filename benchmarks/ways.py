@@ -16,7 +16,7 @@ import torch
 from bundles import load_tapped, make_bundle
 from configurations import CONFIGURATIONS
 from machine import allow_tf32
-from targets import AS_AUTHORS, COMPILE, EAGER, OURS
+from targets import COMPILE, EAGER, OURS, UNFROZEN
 from torch import Tensor, nn
 
 from diffloss_engine.errors import BackendUnavailableError
@@ -125,7 +125,7 @@ def ways(setting: Setting, precisions: Sequence[str]) -> list[Way]:
     full = ("fp32", "tf32") if on_gpu else ("fp32",)
     half = [precision for precision in precisions if precision != "fp32"]
     found = [Way(EAGER, precision, "both", _eager) for precision in (*full, *half, *([AUTOCAST] if half else []))]
-    found += [Way(AS_AUTHORS, precision, "both", _as_authors) for precision in full]
+    found += [Way(UNFROZEN, precision, "both", _unfrozen) for precision in full]
     # It takes minutes, so in fp32 only where there is nothing faster.
     found += [Way(COMPILE, precision, "both", _compiled) for precision in (half or full)]
     found += [Way("Torch-TensorRT forward", precision, "both", _torch_tensorrt) for precision in half]
@@ -149,19 +149,20 @@ def ways(setting: Setting, precisions: Sequence[str]) -> list[Way]:
 
 def is_aimed_at(way: Way, precisions: Sequence[str]) -> bool:
     """Whether a way is one of those that the aims compare, in the first of `precisions` or in fp32."""
-    baseline = way.way in (EAGER, AS_AUTHORS, COMPILE)
+    baseline = way.way in (EAGER, UNFROZEN, COMPILE)
     return way.precision in (precisions[0], "fp32") and (baseline or way.way in {OURS + name for name in _BACKENDS})
 
 
 # PyTorch
 
 
-def _objective(tapped: TappedUNet, way: Way, *, frozen: bool = True) -> Callable[[Tensor, Images], Tensor]:
+def objective(
+    tapped: TappedUNet, weights: tuple[float, float], *, autocast: bool = False, frozen: bool = True
+) -> Callable[[Tensor, Images], Tensor]:
     """Return the formula as a user would write it: restored [B, 3, H, W] -> the weighted terms, summed over the batch.
 
-    With `frozen` the target's branch is left out of PyTorch's tape.
+    With `autocast` in bf16; with `frozen` the target's branch is left out of PyTorch's tape.
     """
-    weights = TERMS[way.terms]
 
     def features(noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
         encoded = tapped.encode(noisy, timesteps)
@@ -169,7 +170,7 @@ def _objective(tapped: TappedUNet, way: Way, *, frozen: bool = True) -> Callable
 
     def total(restored: Tensor, images: Images) -> Tensor:
         noise, timesteps = images.noise, images.timesteps
-        with torch.autocast(restored.device.type, torch.bfloat16, enabled=way.precision == AUTOCAST):
+        with torch.autocast(restored.device.type, torch.bfloat16, enabled=autocast):
             branch: AbstractContextManager[Any] = torch.no_grad() if frozen else nullcontext()
             with branch:
                 h_x, e_x = features(tapped.schedule.add_noise(images.target, noise, timesteps), timesteps)
@@ -204,13 +205,14 @@ def _tapped(setting: Setting, way: Way) -> TappedUNet:
 
 
 def _eager(setting: Setting, way: Way) -> Step:
-    return _differentiated(_objective(_tapped(setting, way), way), _scale(way))
+    total = objective(_tapped(setting, way), TERMS[way.terms], autocast=way.precision == AUTOCAST)
+    return _differentiated(total, _scale(way))
 
 
-def _as_authors(setting: Setting, way: Way) -> Step:
-    """As in their code, in which nothing is frozen, but with gradients: weights get theirs too, and both branches."""
+def _unfrozen(setting: Setting, way: Way) -> Step:
+    """As in the authors' code, but with the gradient: both branches are on the tape, and weights get gradients too."""
     tapped = setting.tapped(torch.float32)
-    total = _objective(tapped, way, frozen=False)
+    total = objective(tapped, TERMS[way.terms], frozen=False)
     tapped.unet.requires_grad_(True)
 
     def step(images: Images) -> Tensor:
@@ -228,7 +230,7 @@ def _compiled(setting: Setting, way: Way) -> Step:
     tapped = _tapped(setting, way)
     # Made within a CUDA graph, what the schedule keeps would lie in memory that the graph uses again.
     tapped.schedule.tables(setting.device, torch.float32)
-    total = torch.compile(_objective(tapped, way), fullgraph=True, dynamic=False, mode=mode)
+    total = torch.compile(objective(tapped, TERMS[way.terms]), fullgraph=True, dynamic=False, mode=mode)
     return _differentiated(total, _scale(way))
 
 

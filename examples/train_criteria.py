@@ -44,7 +44,9 @@ def main() -> int:
     parser.add_argument("--steps", type=positive_integer, default=10, help="default: 10")
     args = parser.parse_args()
     try:
-        diffloss = DiffLossCriterion(args.bundle, loss_weight=100.0, data_range=1.0, device="cpu")
+        diffloss = DiffLossCriterion(
+            args.bundle, naturalness_weight=0.1, semantic_weight=1e-3, data_range=1.0, device="cpu"
+        )
         side = diffloss.loss_fn.resolution[0] if diffloss.loss_fn.resolution else 64
         history = train({"mse": nn.MSELoss(), "diffloss": diffloss}, side, args.steps)
     except DiffLossError as error:

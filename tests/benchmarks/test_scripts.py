@@ -1,4 +1,4 @@
-"""What the benchmarks are made of, and, slowly, each of them on a tiny UNet."""
+"""What the benchmarks are made of, and, most of them slowly, each of them on a tiny UNet."""
 
 from __future__ import annotations
 
@@ -119,17 +119,21 @@ def test_a_step_is_three_passes_through_the_unet(tmp_path: Path) -> None:
     assert flops["semantic"] < 0.6 * flops["both"]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
     ("stem", "arguments"),
     [
-        ("loss-step", ["tiny", "--batch-sizes", "1", "2", "--precisions", "fp32", "--rounds", "2"]),
         ("hot-spots", ["tiny"]),
-        ("plan-traffic", ["tiny"]),
-        ("train-step", ["tiny", "--side", "16", "--rounds", "2"]),
-        ("scaling", ["tiny", "--batch-sizes", "1", "2", "--sides", "16", "32", "--rounds", "2"]),
-        ("export", ["tiny"]),
+        *(
+            pytest.param(stem, arguments, marks=pytest.mark.slow)
+            for stem, arguments in {
+                "loss-step": ["tiny", "--batch-sizes", "1", "2", "--precisions", "fp32", "--rounds", "2"],
+                "plan-traffic": ["tiny"],
+                "train-step": ["tiny", "--side", "16", "--rounds", "2"],
+                "scaling": ["tiny", "--batch-sizes", "1", "2", "--sides", "16", "32", "--rounds", "2"],
+                "export": ["tiny"],
+            }.items()
+        ),
     ],
 )
 def test_it_runs_and_is_reported(stem: str, arguments: list[str], tmp_path: Path) -> None:
