@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 
 import restore
 from degradations import DEGRADATIONS
@@ -17,6 +18,7 @@ from diffloss_export.models import load_model
 from diffloss_trt import DiffLoss
 from diffloss_trt.tolerances import DIFFERENCE
 from photographs import HELD_OUT, load
+from unets import make_unet
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,3 +78,14 @@ def test_example_refuses_a_bundle_that_is_not_there(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "does not exist" in done.stderr
+
+
+def test_a_model_is_exported_once_and_verified_where_the_loss_is_computed(tmp_path: Path) -> None:
+    unet = make_unet("one_level", dtype=torch.float32)
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "model")
+    bundle = restore.make_bundle(str(tmp_path / "model"), tmp_path)
+    assert Bundle.open(bundle).batch_size == restore.BATCH_SIZE
+    assert restore.make_bundle("another model", tmp_path) == bundle
+    (bundle / "gradient.onnx").unlink()
+    with pytest.raises(subprocess.CalledProcessError):
+        restore.make_bundle("another model", tmp_path)
