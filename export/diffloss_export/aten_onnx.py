@@ -318,6 +318,7 @@ def _cat(emit: Emitter, like: Tensor, parts: Sequence[Any], dim: int = 0) -> Any
 
 @_rule(aten.stack.default)
 def _stack(emit: Emitter, like: Tensor, parts: Sequence[Any], dim: int = 0) -> Any:
+    dim %= like.ndim
     row = torch.empty((*like.shape[:dim], 1, *like.shape[dim + 1 :]), dtype=like.dtype, device="meta")
     return emit.op("Concat", [emit.reshape(part, row) for part in parts], like, axis=dim)
 

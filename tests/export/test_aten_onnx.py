@@ -45,6 +45,7 @@ CASES: dict[str, Function] = {
     "expand": lambda x, y: x[:, :, :1].expand(2, 4, 3, 6) * y,
     "cat": lambda x, y: torch.cat([x, y, x * 2], 1).sum(1),
     "stack": lambda x, y: torch.stack([x, y], 2).sum(1),
+    "stack, last": lambda x, y: torch.stack([x, y], -1).sum(1),
     "split": lambda x, y: torch.cat(x.split([1, 3], 1)[::-1], 1) + torch.cat(y.chunk(2, 3)[::-1], 3),
     "slices": lambda x, y: x[:, 1:3, ::2] * y[:, :2, 1::2][:, :, :1],
     "flip": lambda x, y: x.flip(2, 3) + y.flip(1),
