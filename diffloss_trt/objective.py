@@ -44,15 +44,20 @@ def terms_and_cotangents(
     bottleneck [B, c, h, w]; noise [B, C, H, W], or None, and then there is no naturalness and its weight is None.
     The gradients are in float32 at least, and in the order of the arguments.
     """
-    leaves = [wide(part).detach().requires_grad_() for part in (bottleneck, noise) if part is not None]
-    with torch.enable_grad():
-        semantic = mean_square(leaves[0])
-        naturalness = mean_square(leaves[1]) if noise is not None else torch.zeros_like(semantic)
-        total = combine(
-            naturalness, semantic, 0.0 if naturalness_weight is None else naturalness_weight, semantic_weight
-        )
-        cotangents = torch.autograd.grad(total, leaves, torch.ones_like(total))
-    return Terms(*(term.detach() for term in (total, naturalness, semantic))), list(cotangents)
+    semantic, cotangents = mean_square(bottleneck), [_slope(bottleneck, semantic_weight)]
+    if noise is None or naturalness_weight is None:
+        naturalness = torch.zeros_like(semantic)
+        return Terms(semantic_weight * semantic, naturalness, semantic), cotangents
+    naturalness = mean_square(noise)
+    total = combine(naturalness, semantic, naturalness_weight, semantic_weight)
+    return Terms(total, naturalness, semantic), [*cotangents, _slope(noise, naturalness_weight)]
+
+
+def _slope(difference: Tensor, weight: float | Tensor) -> Tensor:
+    """Return the gradient of `weight` times `mean_square`, the weight a number or [B], with respect to `difference`."""
+    # By hand: autograd has threads, which a process that was forked from one that has used them cannot have.
+    factor = 2 / difference[0].numel() * weight
+    return wide(difference) * (per_sample(factor, difference) if isinstance(factor, Tensor) else factor)
 
 
 def power_of_two(size: Tensor) -> Tensor:

@@ -222,14 +222,17 @@ def test_fp32_that_was_asked_for_by_its_new_name() -> None:
     """`torch.backends.fp32_precision` is the process's, cannot be taken back, and is to stay as it was set."""
     program = """
 import torch
-torch.backends.fp32_precision = "ieee"
+backends = torch.backends
+backends.fp32_precision = "ieee"
+settings = [backends, backends.cudnn.conv, backends.cudnn.rnn]
+before = [setting.fp32_precision for setting in settings]
+assert before[0] == "ieee"
 from diffloss_trt import NoiseSchedule
 from diffloss_trt.capture import CapturedUNet
 from diffloss_trt.unet import TappedUNet
 from unets import make_unet
 unet = make_unet("no_mid_block")
 CapturedUNet(TappedUNet(unet, NoiseSchedule(torch.linspace(0.999, 0.01, 1000))), 1, (16, 16), with_noise=False)
-cudnn = torch.backends.cudnn
-assert (torch.backends.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("ieee",) * 3
+assert [setting.fp32_precision for setting in settings] == before
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from torch import Tensor
 
-from diffloss_trt.objective import combine, mean_square
+from diffloss_trt.objective import combine, mean_square, terms_and_cotangents
 
 
 def test_terms_are_the_original_ones(golden: Mapping[str, Tensor]) -> None:
@@ -29,6 +29,27 @@ def test_mean_square_is_finite_beyond_the_range_of_half(dtype: torch.dtype) -> N
     result = mean_square(torch.full((2, 3, 64, 64), 1000.0, dtype=dtype))
     assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert result.tolist() == [1e6, 1e6]
+
+
+@pytest.mark.parametrize("with_noise", [True, False])
+@pytest.mark.parametrize("weigh", [lambda weight: weight, lambda weight: torch.tensor([weight, 2 * weight]).double()])
+def test_cotangents_are_the_gradient(with_noise: bool, weigh: Callable[[float], float | Tensor]) -> None:
+    bottleneck, noise = (torch.randn(2, *shape, dtype=torch.float64) for shape in ((5, 2, 3), (3, 4, 6)))
+    leaves = [bottleneck.clone().requires_grad_(), *([noise.clone().requires_grad_()] if with_noise else [])]
+    naturalness_weight, semantic_weight = weigh(0.3) if with_noise else None, weigh(0.02)
+    semantic = mean_square(leaves[0])
+    naturalness = mean_square(leaves[1]) if with_noise else torch.zeros_like(semantic)
+    total = combine(naturalness, semantic, weigh(0.3), semantic_weight)
+    terms, cotangents = terms_and_cotangents(
+        bottleneck,
+        noise if with_noise else None,
+        naturalness_weight=naturalness_weight,
+        semantic_weight=semantic_weight,
+    )
+    for found, expected in zip(terms, (total, naturalness, semantic), strict=True):
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-14, atol=0)
+    for found, expected in zip(cotangents, torch.autograd.grad(total.sum(), leaves), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
 
 
 def test_combine_by_hand() -> None:
