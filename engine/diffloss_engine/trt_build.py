@@ -9,7 +9,6 @@ import importlib
 import logging
 import os
 import threading
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,9 +86,9 @@ def import_flavour(flavour: str) -> ModuleType:
 
 
 def recording_logger(trt: ModuleType) -> Any:
-    """Return the library's logger, which prints nothing, and has forgotten what this thread did wrong before.
+    """Return the library's logger, which prints nothing, for this thread, whose earlier errors it forgets.
 
-    `take()` returns the errors logged since, as one line.
+    `take()` returns the errors logged since the last call, as one line.
     """
     recorder = _recorder(trt)
     recorder.forget()
@@ -104,27 +103,27 @@ def _recorder(trt: ModuleType) -> Any:
         def __init__(self) -> None:
             # Not super(): the bindings want the base class itself to be initialised.
             trt.ILogger.__init__(self)
-            # By thread: two may load or build at the same time, and the library has threads of its own.
-            self._errors: dict[int, list[str]] = defaultdict(list)
+            # Two threads of ours may load or build at the same time, and the library has threads of its own.
+            self._ours = threading.local()
+            self._others: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self._errors[threading.get_ident()].append(" ".join(message.split()))
+                getattr(self._ours, "errors", self._others).append(" ".join(message.split()))
 
         @property
         def failed(self) -> bool:
-            """Whether this thread has logged an error that was not taken."""
-            return bool(self._errors.get(threading.get_ident()))
+            """Whether an error was logged in this thread that was not taken."""
+            return bool(getattr(self._ours, "errors", []))
 
         def forget(self) -> None:
-            self._errors.pop(threading.get_ident(), None)
+            self._ours.errors = []
 
         def take(self) -> str:
-            errors = self._errors.pop(threading.get_ident(), [])
-            if not errors:
-                for thread in list(self._errors):
-                    errors += self._errors.pop(thread, [])
-            return "; ".join(dict.fromkeys(errors)) or "it gave no reason"
+            errors = getattr(self._ours, "errors", []) or self._others
+            line = "; ".join(dict.fromkeys(errors)) or "it gave no reason"
+            errors.clear()
+            return line
 
     return Recorder()
 
