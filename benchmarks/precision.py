@@ -486,7 +486,9 @@ def to_json(rows: Sequence[Row], plain: dict[str, Any] | None = None) -> str:
     plain: the head of the run that the other arithmetics than the difference form are from, if that is another one.
     """
     names = tuple(ARITHMETICS)
-    of_plain = {} if plain is None else {"plain": {key: plain[key] for key in ("device", "date")}}
+    # Of which they may in turn have been taken.
+    run = None if plain is None else plain.get("plain", plain)
+    of_plain = {} if run is None else {"plain": {key: run[key] for key in ("device", "date")}}
     head = {**describe(), **of_plain, "place": Place._fields, "arithmetics": names, "errors": Errors._fields}
     lines = []
     for row in rows:

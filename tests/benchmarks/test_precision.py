@@ -53,3 +53,12 @@ def test_what_is_beyond_its_tolerance_is_named() -> None:
     wrong = replace(rows[0], errors={**errors, "difference bf16": errors["plain bf16"]._replace(gradient=0.1)})
     (line,) = failures([wrong])
     assert line.startswith("difference bf16, ")
+
+
+def test_a_run_that_takes_the_plain_form_from_another_says_which() -> None:
+    head, rows = from_json((RESULTS / "precision-cpu.json").read_text())
+    first = {"device": "a machine", "date": "2026-01-01"}
+    second, _ = from_json(to_json(rows[:1], head | first | {"plain": first}))
+    assert second["plain"] == first
+    third, _ = from_json(to_json(rows[:1], second))
+    assert third["plain"] == first
