@@ -486,10 +486,11 @@ def to_json(rows: Sequence[Row], plain: dict[str, Any] | None = None) -> str:
     plain: the head of the run that the other arithmetics than the difference form are from, if that is another one.
     """
     names = tuple(ARITHMETICS)
-    # Of which they may in turn have been taken.
-    run = None if plain is None else plain.get("plain", plain)
-    of_plain = {} if run is None else {"plain": {key: run[key] for key in ("device", "date")}}
-    head = {**describe(), **of_plain, "place": Place._fields, "arithmetics": names, "errors": Errors._fields}
+    head = describe()
+    if plain is not None:
+        run = plain.get("plain", plain)  # they may have been taken from another one there too
+        head["plain"] = {key: run[key] for key in ("device", "date")}
+    head |= {"place": Place._fields, "arithmetics": names, "errors": Errors._fields}
     lines = []
     for row in rows:
         errors = [[float(f"{e:.3g}") for e in row.errors[name]] if name in row.errors else None for name in names]

@@ -32,6 +32,7 @@ from ways import TERMS, Images, objective
 from diffloss_engine.inductor import has_bfloat16
 from diffloss_trt import DiffLoss
 from diffloss_trt.inputs import choose_device
+from diffloss_trt.unet import TappedUNet
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 NONE: Final = "none"
@@ -58,15 +59,18 @@ class Setting:
         bundle = make_bundle(self.folder, self.configuration, precision, self.batch_size, self.side)
         return DiffLoss.load(bundle.path, backend, self.device, backward="fused")
 
-    def eager(self) -> Loss:
+    def tapped(self) -> TappedUNet:
         tapped = load_tapped(self.folder, self.configuration, torch.float32, self.device)
         nn.utils.convert_conv2d_weight_memory_format(tapped.unet, torch.channels_last)
+        return tapped
+
+    def eager(self) -> Loss:
+        tapped = self.tapped()
         return DiffLoss.from_unet(tapped.unet, tapped.schedule)
 
     def autocast(self) -> Loss:
         """Return the formula as a user would write it under `torch.autocast`, on images in [0, 1]."""
-        tapped = load_tapped(self.folder, self.configuration, torch.float32, self.device)
-        nn.utils.convert_conv2d_weight_memory_format(tapped.unet, torch.channels_last)
+        tapped = self.tapped()
         total = objective(tapped, TERMS["both"], autocast=True)
 
         def loss(restored: Tensor, target: Tensor) -> Tensor:

@@ -384,11 +384,10 @@ class _Engines:
 
     def _features(self, noisy: Tensor, timesteps: Tensor, with_noise: bool) -> Features:
         # One batch at a time through both graphs: the skips between them are the largest tensors there are.
+        size = self.batch_size
         parts = [
             self._run(part, steps, with_noise)
-            for part, steps in zip(
-                noisy.float().split(self.batch_size), timesteps.float().split(self.batch_size), strict=True
-            )
+            for part, steps in zip(noisy.float().split(size), timesteps.float().split(size), strict=True)
         ]
         noise = torch.cat([part.noise for part in parts if part.noise is not None]) if with_noise else None
         return Features(torch.cat([part.bottleneck for part in parts]), noise)

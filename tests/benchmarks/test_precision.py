@@ -41,10 +41,10 @@ def test_one_near_image_tells_the_forms_apart() -> None:
     samples = [*sweep(model, [50.0], [500], [*HELD_OUT][:1])]
     (row,) = measure(model, samples, ["plain fp16", "difference fp16"], Progress(disable=True))
     assert row.errors["plain fp16"].gradient > 5 * row.errors["difference fp16"].gradient
-    ((place, errors),) = [(found.place, found.errors) for found in from_json(to_json([row]))[1]]
-    assert place == row.place
-    assert errors.keys() == {"plain fp16", "difference fp16"}
-    assert math.isclose(errors["plain fp16"].angle, row.errors["plain fp16"].angle, rel_tol=1e-2)
+    _, (read,) = from_json(to_json([row]))
+    assert read.place == row.place
+    assert read.errors.keys() == {"plain fp16", "difference fp16"}
+    assert math.isclose(read.errors["plain fp16"].angle, row.errors["plain fp16"].angle, rel_tol=1e-2)
 
 
 def test_what_is_beyond_its_tolerance_is_named() -> None:
