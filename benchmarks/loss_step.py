@@ -45,7 +45,7 @@ _ATTEMPTS: Final = 2
 
 
 def choose_precisions(device: torch.device) -> tuple[str, ...]:
-    """Return the precisions that a user of the device may want, in the order in which the aims name them."""
+    """Return the precisions that a user of the device may want, in the order in which the targets name them."""
     if device.type == "cuda":
         return ("fp16", "bf16", "fp32")
     return ("fp32", "bf16") if has_bfloat16(device) else ("fp32",)
@@ -132,7 +132,7 @@ def measure(setting: Setting, precisions: Sequence[str], rounds: int, only: Sequ
         rows = _measure_in_turn(setting, every, expected, rounds)
     else:
         # One GPU does not hold them all. Each takes turns with the matrix product alone, which shows a slower minute.
-        # What the aims are about comes first: the time may not be enough for all.
+        # What the targets are about comes first: the time may not be enough for all.
         measured = {
             way.name: _measure_alone(setting, way, expected, rounds)
             for way in sorted(every, key=lambda way: not is_aimed_at(way, precisions))

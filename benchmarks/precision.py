@@ -44,6 +44,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from machine import describe  # noqa: E402
 from pictures import to_png  # noqa: E402
+from sections import joined  # noqa: E402
 
 from degradations import low_light, rain  # noqa: E402
 from diffloss_export.models import load_model  # noqa: E402
@@ -524,7 +525,7 @@ def tables(rows: Sequence[Row], head: dict[str, Any]) -> str:
         "`python benchmarks/precision.py`"
     )
     if plain := head.get("plain"):
-        measured += f"; all but the difference form on {plain['date']} on {plain['device']}"
+        measured += f"; everything but the difference form was measured on {plain['date']} on {plain['device']}"
     parts = (
         f"{measured}.",
         "Gradient, ||a - b|| / ||b||: median / worst sample, white noise",
@@ -533,12 +534,12 @@ def tables(rows: Sequence[Row], head: dict[str, Any]) -> str:
         sweep_table(white, lambda errors: errors[:, :2].max(1)),
         "Gradient's cosine: median / worst sample, white noise",
         sweep_table(white, lambda errors: errors[:, 3], lambda angle: f"{1 - angle:.4f}"),
-        "Gradient, worst sample over timesteps and weights, what partial restorations leave",
+        "Gradient: worst sample over timesteps and weights, partial restorations",
         restoration_table(left),
-        "The difference form over both test sets, worst sample, and what it must not exceed",
+        "Difference form: worst sample over both test sets, and the limit",
         tolerance_table(rows),
     )
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return joined(parts)
 
 
 def sweep_table(
@@ -575,7 +576,7 @@ def tolerance_table(rows: Sequence[Row]) -> str:
         )
         held = "yes" if all(within(row.errors[name], tolerance) for row in rows) else "NO"
         lines.append([name, str(len(rows)), *(f"{brief(float(e))} of {brief(limit)}" for e, limit in cells), held])
-    return markdown_table(["", "samples", "terms", "gradient", "1 - cosine", "holds"], lines)
+    return markdown_table(["", "samples", "terms", "gradient", "1 - cosine", "within limits"], lines)
 
 
 def brief(number: float) -> str:
@@ -627,11 +628,11 @@ def write_page(text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--name", default="cpu", help="of the file of results (default: cpu)")
+    parser.add_argument("--name", default="cpu", help="name of the results (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="measure a part in under a minute; write nothing")
     parser.add_argument("--from", dest="earlier", type=Path, metavar="JSON", help="results to draw and tabulate again")
     parser.add_argument(
-        "--plain-from", type=Path, metavar="JSON", help="results to take all but the difference form of"
+        "--plain-from", type=Path, metavar="JSON", help="results to take all but the difference form from"
     )
     args = parser.parse_args()
     if args.earlier:

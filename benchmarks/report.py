@@ -3,8 +3,8 @@
     python benchmarks/report.py            write them
     python benchmarks/report.py --check    write nothing; exit status 1 unless they are in step
 
-Every figure between the pages' markers is read, or computed, from those files; what is not among them is said to be
-missing.
+Every figure between the pages' markers is read, or computed, from those files; planned results that are not there are
+listed as not measured.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Drawing:
 class Benchmark:
     """How results of one benchmark are shown.
 
-    holds: What is missing where there is none.
+    holds: What to call it in the list of what was not measured.
     lay_out: Takes a result and, if one is drawn, the path of its picture.
     summarize: The same for README.md, if it is shown there.
     """
@@ -167,9 +167,9 @@ def _missing(results: dict[str, Content]) -> str:
     missing = []
     for benchmark, name, device_type in PLANNED:
         if not is_there(benchmark, name, device_type):
-            of = "" if name is None else f" of {sections.title(name)}"
-            missing.append(f"{BENCHMARKS[benchmark].holds}{of} on a {'GPU' if device_type == 'cuda' else 'CPU'}")
-    return f"Not measured: {'; '.join(missing)}." if missing else "Nothing that was planned is left to be measured."
+            on = "" if name is None else f" with {sections.title(name)}"
+            missing.append(f"{BENCHMARKS[benchmark].holds}{on} on a {'GPU' if device_type == 'cuda' else 'CPU'}")
+    return f"Not measured: {'; '.join(missing)}." if missing else "Everything that was planned has been measured."
 
 
 def differences(report: Report, page: Path, root: Path) -> list[str]:
@@ -180,10 +180,10 @@ def differences(report: Report, page: Path, root: Path) -> list[str]:
 
 
 def complain(report: Report, page: Path, source: str, script: str) -> int:
-    """Print what is out of step with `source`, and by which script that is mended; return the exit status."""
+    """Print what is out of step with `source`, and which script mends that; return the exit status."""
     found = differences(report, page, ROOT)
     for what in found:
-        print(f"{what}: not what {source} says; run python {script}", file=sys.stderr)
+        print(f"{what}: out of step with {source}; run python {script}", file=sys.stderr)
     return 1 if found else 0
 
 
@@ -202,7 +202,7 @@ def _place(text: str) -> tuple[int, int]:
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only say what is out of step")
+    parser.add_argument("--check", action="store_true", help="only report what is out of step")
     args = parser.parse_args()
     results = load(RESULTS)
     reports = {PAGE: make_report(results), README: make_summary(results)}

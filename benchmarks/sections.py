@@ -171,14 +171,14 @@ def _held_against_targets(content: Content, rows: list[Row]) -> list[str]:
     if targets is None:
         return []
     if rows[0]["batch_size"] != targets.batch_size:
-        return [f"What was aimed at is for batch {targets.batch_size}, which was not run."]
+        return [f"The targets are for batch {targets.batch_size}, which was not run."]
     lines = []
     for target in targets.targets:
         value = target.measured(rows)
         bound = f"{'<=' if target.at_most else '>='} {target.bound:g}"
         verdict = "not measured" if value is None else "met" if target.is_met(value) else "**missed**"
         lines.append([target.what, bound, "" if value is None else f"{value:.3g}", verdict])
-    return ["What was aimed at:", markdown_table(["", "aim", "measured", ""], lines)]
+    return ["Targets:", markdown_table(["", "target", "measured", ""], lines)]
 
 
 # Where the time goes
@@ -186,7 +186,7 @@ def _held_against_targets(content: Content, rows: list[Row]) -> list[str]:
 
 def hot_spots(content: Content) -> list[str]:
     """Lay out the convolutions' part in a step."""
-    header = ["", "ms", "convolutions' share", "their GFLOP/s", "of matmul rate", "the whole over them"]
+    header = ["", "ms", "convolutions' share", "their GFLOP/s", "of matmul rate", "speed-up if the rest were free"]
     lines = []
     for row in content["rows"]:
         speed, share = row["convolution_flops"] / row["convolution_ms"] * 1e3, row["convolution_ms"] / row["ms"]
@@ -195,18 +195,18 @@ def hot_spots(content: Content) -> list[str]:
         lines.append([f"{row['way']}, {row['precision']}", *cells])
     return [
         f"## Where the time goes: {title(content['configuration'])}",
-        f"The profile of a step of the loss; {_machine(content)}; "
+        f"Profile of a step of the loss; {_machine(content)}; "
         f"`python benchmarks/hot_spots.py {content['configuration']}`.",
         markdown_table(header, lines),
-        "The last column is the most a row could gain if everything but its convolutions were free.",
+        "The last column is the most a row could gain: the rest is everything but its convolutions.",
     ]
 
 
 def plan_traffic(content: Content) -> list[str]:
-    """Lay out what the kernels of each plan move, beside a forward pass."""
+    """Lay out what the kernels of each plan move, relative to a forward pass."""
     moved = {graph["graph"]: sum(graph["bytes"].values()) for graph in content["graphs"]}
     forward = moved["encoder"] + moved["noise_head"]
-    header = ["graph", "kernels", "convolutions", "products", "others", "GB in all", "times forward", "scratch"]
+    header = ["graph", "kernels", "convolutions", "products", "others", "GB in total", "times forward", "scratch"]
     lines = []
     for graph in content["graphs"]:
         total = moved[graph["graph"]]
@@ -214,12 +214,12 @@ def plan_traffic(content: Content) -> list[str]:
         cells = [*kinds, f"{total / 1e9:.2f}", f"{total / forward:.2f}x", f"{graph['scratch_bytes'] / 2**20:.0f}"]
         lines.append([graph["graph"], str(graph["kernels"]), *cells])
     return [
-        f"## What a plan moves: {title(content['configuration'])}",
+        f"## Memory traffic of a plan: {title(content['configuration'])}",
         "What the kernels of TensorRT-RTX's plans read and write in GB, "
         f"{content['precision']}, batch {content['batch_size']}, as its builder {content['versions'][_BUILDER]} lists "
         f"them, and scratch memory in MiB; no plan is run, and no GPU is needed; {_machine(content)}; "
         f"`python benchmarks/plan_traffic.py {content['configuration']}`. A forward pass is the encoder and the noise "
-        "head; the gradient's arithmetic is that of three.",
+        "head; the gradient's arithmetic is that of three forward passes.",
         markdown_table(header, lines),
     ]
 
@@ -239,11 +239,11 @@ def train_step(content: Content, picture: str | None = None) -> list[str]:
     side = content["side"]
     return [
         f"## A training step{_kind_of_cpu(content)}",
-        "The whole step of a restoration network with the layout of NAFNet at width 32 "
+        "A whole training step of a restoration network with the layout of NAFNet at width 32 "
         f"({content['network_parameters'] / 1e6:.1f} M parameters), batch {content['batch_size']} of {side}x{side} "
         f"pixels, with the UNet of {title(content['configuration'])}; medians and quartiles; {_machine(content)}; "
         "`python benchmarks/train_step.py`.",
-        markdown_table(["loss beside the pixel loss", "ms", "images/s", "the loss's share", "MiB"], lines),
+        markdown_table(["loss added to the pixel loss", "ms", "images/s", "the loss's share", "MiB"], lines),
         *_picture("Time of a training step with each loss", picture),
     ]
 
@@ -273,7 +273,7 @@ def scaling(content: Content, picture: str | None = None) -> list[str]:
         )
     return [
         "## Scaling",
-        f"A step of the loss of {title(content['configuration'])}; {_machine(content)}; "
+        f"A step of the loss with {title(content['configuration'])}; {_machine(content)}; "
         "`python benchmarks/scaling.py`. Time grows as size^exponent.",
         markdown_table(["", "size", "ms", "exponent", "MiB"], lines),
         *left_out,
@@ -284,7 +284,7 @@ def scaling(content: Content, picture: str | None = None) -> list[str]:
 
 def _processes(found: dict[str, Any]) -> list[str]:
     if "not_run" in found:
-        return [f"Several processes were not measured: {found['not_run']}."]
+        return [f"Training in several processes was not measured: {found['not_run']}."]
     one, together, exchanging, exchange = (
         found[name]["median_ms"] for name in ("one", "all", "all_exchanging", "exchange")
     )
@@ -297,15 +297,15 @@ def _processes(found: dict[str, Any]) -> list[str]:
     return [
         f"The training step under DistributedDataParallel, batch {found['batch_size']} on each rank: {one:.0f} ms on "
         f"one rank, {together:.0f} ms on {found['ranks']} side by side, {exchanging:.0f} ms with the exchange of "
-        f"{found['exchanged_bytes'] / 2**20:.0f} MiB of gradients, which by itself takes {exchange:.0f} ms. Those are "
-        "the restoration network's: the frozen UNet's weights are no parameters, and nothing of the loss is exchanged.",
-        "On paper, with these numbers, where each rank has a processor and a link of its own and nothing of the "
-        "exchange is hidden behind the backward pass:",
+        f"{found['exchanged_bytes'] / 2**20:.0f} MiB of gradients, which by itself takes {exchange:.0f} ms. These "
+        "gradients are the restoration network's: the frozen UNet's weights are not parameters, and nothing of the "
+        "loss is exchanged.",
+        "Extrapolated from these times, if each rank has its own processor and link, and none of the exchange overlaps "
+        "with the backward pass:",
         markdown_table(["ranks", "ms", "images/s", "efficiency"], lines),
-        f"By this sum efficiency stays above {one / (one + 2 * exchange):.0%} however many ranks there are. The "
-        f"{found['ranks']} that were measured, which share a machine, reached {one / exchanging:.0%}. What limits it "
-        "otherwise: each rank holds the UNet and its activations, and a batch cannot be shared by more ranks than it "
-        "has images.",
+        f"By this estimate, efficiency stays above {one / (one + 2 * exchange):.0%} however many ranks there are. The "
+        f"{found['ranks']} that were measured, which share a machine, reached {one / exchanging:.0%}. Other limits: "
+        "each rank holds the UNet and its activations, and a batch cannot be shared by more ranks than it has images.",
     ]
 
 

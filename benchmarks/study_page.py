@@ -59,7 +59,7 @@ def spread(values: Sequence[float], decimals: int, *, signed: bool = False) -> s
 
 
 def changes(results: Results, runs: Sequence[Run], measure: str, photographs: Collection[str]) -> list[float]:
-    """Return by how much a measure differs from the training without DiffLoss with the same task and seed."""
+    """Return by how much a measure differs from the run without DiffLoss with the same task and seed."""
     return [
         mean(results[run.name], measure, photographs)
         - mean(results[without(run.task, run.seed).name], measure, photographs)
@@ -96,7 +96,7 @@ def absolute_cells(results: Results, runs: Sequence[Run], photographs: Collectio
 
 
 def block(results: Results, rows: dict[str, Callable[[str, int], Run]]) -> str:
-    """Lay out, for each task and over all, the training without DiffLoss and by how much each row differs from it."""
+    """Lay out, for each task and over all, the run without DiffLoss and by how much each row differs from it."""
     lines = []
     for task in DEGRADATIONS:
         base = [without(task, seed) for seed in SEEDS]
@@ -108,7 +108,7 @@ def block(results: Results, rows: dict[str, Callable[[str, int], Run]]) -> str:
         lines.append([f"all, {name}", *change_cells(results, every, HELD_OUT)])
         counts = [f"{better(results, every, measure)} of {len(every)}" for measure in MEASURES]
         lines.append([f"all, {name}: better in", *counts])
-    return markdown_table(headings("task, and what is added to the pixel loss"), lines)
+    return markdown_table(headings("task, loss added to the pixel loss"), lines)
 
 
 def setting_name(weights: tuple[float, float], part: tuple[int, int]) -> str:
@@ -134,14 +134,14 @@ def terms_part(results: Results) -> list[str]:
         "## Each term",
         f"Naturalness with weight {WEIGHTS[0]:g}, semantics with {WEIGHTS[1]:g}, timesteps uniform. Mean and standard "
         f"deviation over {len(SEEDS)} seeds, on the held-out photographs {', '.join(HELD_OUT)}; rows with a sign are "
-        "differences to the training without DiffLoss that has the same seed, and so the same weights at first, crops "
-        "and degradations.",
+        "differences from the training run without DiffLoss that has the same seed, and so the same initial weights, "
+        "crops and degradations.",
         block(results, rows),
         "![what each term changes](images/study_terms.png)",
         "![restored photographs](images/study_grid.png)",
-        "How large the loss's gradient is at the restored images, beside the pixel loss's, in the first and in the "
+        "Size of the loss's gradient at the restored images, relative to the pixel loss's, in the first and in the "
         "last tenth of the steps:",
-        markdown_table(["gradient, beside the pixel loss's", *DEGRADATIONS], shares),
+        markdown_table(["gradient, relative to the pixel loss's", *DEGRADATIONS], shares),
     ]
 
 
@@ -162,14 +162,14 @@ def precision_part(results: Results, starts: Sequence[Result]) -> list[str]:
             row = [name.get(form, f"{form}, plain"), f"{statistics.fmean(errors):.2g}", share(results, runs)]
             lines.append([*row, *change_cells(results, runs, HELD_OUT)])
     return [
-        "## Half precision, from networks that are good already",
-        f"Gaussian noise of 8/255 is removed. The networks start from {study.START_STEPS} steps with the pixel loss "
-        f"alone, at {start} dB on the held-out photographs, and go on for {study.STEPS}, with both terms and the "
-        'weights above. "Plain" runs both images through the UNet and subtracts: bf16 as PyTorch\'s autocast does it; '
-        "fp16 rounded after each operation, weights too, since CPUs cannot compute in it fast. The "
-        "gradient's error is that against float64 at the end of the training, the median over "
+        "## Half precision, starting from good networks",
+        f"The task is to remove Gaussian noise of 8/255. The networks start from {study.START_STEPS} steps with the "
+        f"pixel loss alone, at {start} dB on the held-out photographs, and train for {study.STEPS} more, with both "
+        'terms and the weights above. "Plain" runs both images through the UNet and subtracts: bf16 with PyTorch\'s '
+        "autocast; fp16 by rounding the weights and the result of each operation, since CPUs are slow in fp16. The "
+        "gradient error is against float64 at the end of training: the median over "
         f"{4 * study.BATCH_SIZE} crops, mean over the seeds.",
-        markdown_table(["the loss in", "gradient error", "gradient's share", *headings("")[1:]], lines),
+        markdown_table(["loss computed in", "gradient error", "gradient / pixel loss's", *headings("")[1:]], lines),
         "![half precision](images/study_precision.png)",
     ]
 
@@ -190,12 +190,12 @@ def settings_part(results: Results, chosen: Setting) -> list[str]:
     }
     return [
         "## Other settings",
-        "Both terms with less and more weight, and with the timesteps of a part of the schedule, at one seed, on the "
-        f"photographs {' and '.join(VALIDATION)}, which nothing was trained on either: mean and standard deviation, "
-        "over the three tasks, of the difference to the training without DiffLoss. The setting with the lowest GMSD is "
-        "chosen.",
+        "Both terms with less weight, or with timesteps from a part of the schedule, with one seed, on the "
+        f"photographs {' and '.join(VALIDATION)}, on which nothing was trained either: mean and standard deviation, "
+        "over the three tasks, of the difference from the training run without DiffLoss. The setting with the lowest "
+        "GMSD is chosen.",
         markdown_table(headings("setting"), lines),
-        "The chosen one on the held-out photographs, with all seeds:",
+        "The chosen setting on the held-out photographs, with all seeds:",
         block(results, rows),
     ]
 
@@ -211,9 +211,9 @@ def make_report(content: dict[str, Any]) -> Report:
     minutes = sum(result["seconds"] for result in (*content["runs"], *content["starts"])) / 60
     versions = ", ".join(f"{name} {content['versions'][name]}" for name in ("torch", "onnxruntime"))
     parts = [
-        f"{len(content['runs'])} trainings of {study.STEPS} steps and {len(content['starts'])} of {study.START_STEPS} "
-        f"to start from, each step of {study.BATCH_SIZE} crops of {study.SIDE}x{study.SIDE}; {minutes:.0f} minutes of "
-        f"one thread in all; {content['device']}, {versions}, {content['date']}.",
+        f"{len(content['runs'])} training runs of {study.STEPS} steps and {len(content['starts'])} of "
+        f"{study.START_STEPS} to start from, each step on {study.BATCH_SIZE} crops of {study.SIDE}x{study.SIDE}; "
+        f"{minutes:.0f} minutes of one thread in total; {content['device']}, {versions}, {content['date']}.",
         *terms_part(results),
         *precision_part(results, content["starts"]),
         *settings_part(results, _chosen(content)),
@@ -263,13 +263,13 @@ def draw_terms(terms: dict[str, dict[str, list[list[float]]]]) -> Figure:
                         linewidth=1.5,
                         label=name if task == 0 else None,
                     )
-            panel.set(title=f"change of {heading}", xticks=range(len(DEGRADATIONS)), xticklabels=list(DEGRADATIONS))
+            panel.set(title=f"change in {heading}", xticks=range(len(DEGRADATIONS)), xticklabels=list(DEGRADATIONS))
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(terms))
     return figure
 
 
 def draw_forms(forms: dict[str, dict[str, Any]]) -> Figure:
-    """Draw the gradient's error in each form, and PSNR over the training beside that of the training without."""
+    """Draw the gradient's error in each form, and PSNR during training relative to the run without DiffLoss."""
     colours = dict(zip(FORMS[1:], ("black", BLUE, ORANGE, GREY), strict=True))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.0, 2.4), layout="constrained")
@@ -286,7 +286,7 @@ def draw_forms(forms: dict[str, dict[str, Any]]) -> Figure:
         )
         error.invert_yaxis()
         curve.axhline(0, color="black", linewidth=0.6)
-        curve.set(title="PSNR, dB beside the training without DiffLoss", xlabel="step")
+        curve.set(title="change in PSNR due to DiffLoss, dB", xlabel="step")
         curve.legend()
     return figure
 
@@ -322,7 +322,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--work", type=Path, help="the folder that study.py was given")
-    what.add_argument("--check", action="store_true", help="only say what is out of step")
+    what.add_argument("--check", action="store_true", help="only report what is out of step")
     args = parser.parse_args()
     content = json.loads(RESULT.read_text())
     report = make_report(content)

@@ -148,7 +148,7 @@ def ways(setting: Setting, precisions: Sequence[str]) -> list[Way]:
 
 
 def is_aimed_at(way: Way, precisions: Sequence[str]) -> bool:
-    """Whether a way is one of those that the aims compare, in the first of `precisions` or in fp32."""
+    """Whether a way is one of those that the targets compare, in the first of `precisions` or in fp32."""
     baseline = way.way in (EAGER, UNFROZEN, COMPILE)
     return way.precision in (precisions[0], "fp32") and (baseline or way.way in {OURS + name for name in _BACKENDS})
 
@@ -280,7 +280,7 @@ def of_loss(loss: DiffLoss) -> Step:
 def _ours(setting: Setting, way: Way, *, backend: str, backward: Backward = "fused", cuda_graph: bool = False) -> Step:
     on_cpu = setting.device.type == "cpu"
     if on_cpu and backend == "inductor" and way.precision == "fp32" and has_bfloat16(setting.device):
-        raise BackendUnavailableError("takes minutes to compile, and in bf16 this CPU is faster")
+        raise BackendUnavailableError("takes minutes to compile, and this CPU is faster in bf16")
     bundle = make_bundle(setting.folder, setting.configuration, way.precision, setting.batch_size)
     naturalness_weight, semantic_weight = TERMS[way.terms]
     return of_loss(

@@ -109,4 +109,4 @@ class _Final(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
-        raise BackendError("the gradient of this loss cannot be differentiated again: it was not made on a tape")
+        raise BackendError("the gradient of this loss cannot be differentiated again: autograd did not record it")

@@ -152,7 +152,7 @@ class CapturedUNet(Captured):
             if not _holds_pair(args):
                 return _run_plain(target, args, kwargs)
             if target not in RULES:
-                raise ModelError(f"{target} has no difference form, so that no gradient graph can be made")
+                raise ModelError(f"{target} has no difference form, so no gradient graph can be made")
             return RULES[target](tape, *args, **kwargs)
 
         return self.run((noisy, timesteps), weights, constants, execute)

@@ -86,12 +86,12 @@ def read_channels(bundle: Bundle) -> int:
 
 
 def read_schedule(bundle: Bundle) -> NoiseSchedule:
-    """Return the bundle's schedule. Raises BundleError if it is none, or not the one that the manifest tells of."""
+    """Return the bundle's schedule. Raises BundleError if it is malformed, or does not match the manifest."""
     schedule = NoiseSchedule.from_json(bundle.read_json(SCHEDULE))
     for name, found in (("timesteps", len(schedule)), ("prediction_type", schedule.prediction_type)):
         if bundle.unet.get(name, found) != found:
             raise BundleError(
-                f"{bundle.path}: {name} of {SCHEDULE} is {found!r}, and of the manifest {bundle.unet[name]!r}"
+                f"{bundle.path}: {name} is {found!r} in {SCHEDULE}, but {bundle.unet[name]!r} in the manifest"
             )
     return schedule
 
@@ -108,15 +108,15 @@ def check_graphs(bundle: Bundle) -> None:
             takes = [*_names(bundle.graphs[ENCODER].outputs), *takes]
         if inputs != takes[: len(inputs)] or returns != outputs[: len(returns)]:
             raise BundleError(
-                f"{bundle.path}: the {name} graph takes {', '.join(takes)} and returns {', '.join(returns)}, "
+                f"{bundle.path}: the {name} graph should take {', '.join(takes)} and return {', '.join(returns)}, "
                 f"but in this bundle it takes {', '.join(inputs)} and returns {', '.join(outputs)}"
             )
         for spec in (*graph.inputs, *graph.outputs):
             shape = agreed_shape(spec.name, images) or (bundle.batch_size, *spec.shape[1:])
             if spec.shape != shape:
                 raise BundleError(
-                    f"{bundle.path}: {spec.name} of the {name} graph has shape {list(spec.shape)}, "
-                    f"but for images {list(images)} it has {list(shape)}"
+                    f"{bundle.path}: {spec.name} of the {name} graph has shape {list(spec.shape)}; "
+                    f"expected {list(shape)} for images {list(images)}"
                 )
 
 

@@ -1,4 +1,4 @@
-"""The loss as other people's trainers make and call one: by keyword options, with an image and its ground truth."""
+"""The loss in the form that other trainers expect: keyword options, called with an image and its ground truth."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class DiffLossCriterion(nn.Module):
 
     Args:
         bundle: the bundle's folder.
-        loss_weight: a factor of both terms. With zero nothing is computed, and nothing drawn.
+        loss_weight: a factor of both terms. At zero nothing is computed, and nothing drawn.
         reduction: over the batch: "mean", "sum", or "none" for a loss of each sample, [B].
         data_range: images are in [0, data_range].
         value_range: or images are in [low, high].
-        options: more options of `DiffLoss.load`, such as `naturalness_weight` and `backend`.
+        options: further options of `DiffLoss.load`, such as `naturalness_weight` and `backend`.
 
-    Raises InputError for a reduction that there is not, a `data_range` of 0 or both ranges, InputTypeError for an
-    option that there is not or a `data_range` that is no number, and as `DiffLoss.load` does.
+    Raises InputError for an unknown reduction, a `data_range` of 0 or both ranges, InputTypeError for an unknown option
+    or a `data_range` that is not a number, and as `DiffLoss.load` does.
     """
 
     lower_better = True
@@ -53,7 +53,7 @@ class DiffLossCriterion(nn.Module):
     ) -> None:
         super().__init__()
         if unknown := options.keys() - _OPTIONS:
-            raise InputTypeError(f"there is no option {min(unknown)!r}; there is {', '.join(_OPTIONS)}")
+            raise InputTypeError(f"unknown option {min(unknown)!r}; expected one of {', '.join(_OPTIONS)}")
         self.loss_weight = loss_weight
         self.reduction = reduction
         if value_range is None:
@@ -73,7 +73,7 @@ class DiffLossCriterion(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor, y: Tensor, **draws: Any) -> Tensor:
-        """Return the loss of `x` beside the ground truth `y`, both [B, C, H, W]; for `draws` see `DiffLoss.terms`."""
+        """Return the loss of `x` against the ground truth `y`, both [B, C, H, W]; for `draws` see `DiffLoss.terms`."""
         if self.loss_weight:
             loss = self.loss_weight * self.loss_fn(x, y.detach(), **draws)
         else:
@@ -88,7 +88,7 @@ class DiffLossCriterion(nn.Module):
 
 
 class PerceptualDiffLoss(nn.Module):
-    """The same for BasicSR and its kin, whose perceptual losses return two: (loss, None), as there is no style loss.
+    """The same for BasicSR and trainers like it, whose perceptual losses return a pair; the style loss is None.
 
     It is registered like any other loss, `LOSS_REGISTRY.register()(PerceptualDiffLoss)`, and chosen in the options:
 
@@ -105,7 +105,7 @@ class PerceptualDiffLoss(nn.Module):
         self.criterion = DiffLossCriterion(bundle, **options)
 
     def forward(self, x: Tensor, gt: Tensor) -> tuple[Tensor, None]:
-        """Return the loss of `x` beside the ground truth `gt`, both [B, C, H, W], and None."""
+        """Return (loss of `x` against the ground truth `gt`, None); both images are [B, C, H, W]."""
         return self.criterion(x, gt), None
 
     if TYPE_CHECKING:

@@ -137,7 +137,7 @@ def conv2d(
 ) -> Pair:
     """`F.conv2d`, undilated."""
     if any(step != 1 for step in dilation):
-        raise ModelError(f"a convolution has dilation {list(dilation)}; its input gradient is known for 1 alone")
+        raise ModelError(f"a convolution has dilation {list(dilation)}; only dilation 1 has a difference form")
     height, width = x.value.shape[2:]
     stride, padding = _two(stride), _two(padding)
 
@@ -493,7 +493,7 @@ def add(tape: Tape, a: Pair | Tensor | float, b: Pair | Tensor | float, *, alpha
 
 def _refuse_growth(pair: Pair, other: Pair | Tensor | float) -> None:
     if isinstance(other, Tensor) and torch.broadcast_shapes(pair.value.shape, other.shape) != pair.value.shape:
-        raise ModelError(f"{list(pair.value.shape)} grows to meet {list(other.shape)}, which has no difference form")
+        raise ModelError(f"broadcasting {list(pair.value.shape)} with {list(other.shape)} has no difference form")
 
 
 def subtract(tape: Tape, a: Pair | Tensor | float, b: Pair | Tensor | float, *, alpha: float = 1) -> Pair:
@@ -525,7 +525,7 @@ def multiply(tape: Tape, a: Pair | Tensor | float, b: Pair | Tensor | float) -> 
 def divide(tape: Tape, a: Pair | Tensor | float, b: Pair | Tensor | float) -> Pair:
     """`a / b`, `b` being no pair."""
     if isinstance(b, Pair):
-        raise ModelError("a division by what depends on the image has no difference form")
+        raise ModelError("division by a value that depends on the image has no difference form")
     if not isinstance(b, Tensor) and b == 0:
         raise ModelError("the UNet divides by zero: one of its settings, such as mid_block_scale_factor, is 0")
     return multiply(tape, a, 1 / b)
@@ -575,7 +575,7 @@ def slice_(tape: Tape, x: Pair, dim: int = 0, start: int | None = None, end: int
 def pad(tape: Tape, x: Pair, pads: Sequence[int], mode: str = "constant", value: float | None = None) -> Pair:
     """`F.pad` with zeros; negative widths cut."""
     if mode != "constant" or value:
-        raise ModelError(f"padding of mode {mode!r} with value {value} has no difference form; only zeros have")
+        raise ModelError(f"padding of mode {mode!r} with value {value} has no difference form; only zero padding has")
     return linear_map(tape, x, lambda half: F.pad(half, list(pads)), lambda g: F.pad(g, [-width for width in pads]))
 
 

@@ -79,7 +79,7 @@ class Draws(nn.Module):
         if f"{prefix}_extra_state" in state_dict:
             super()._load_from_state_dict(state_dict, prefix, *more)
         else:
-            logger.warning("the state has nothing of the draws of a DiffLoss with a seed: they are not resumed")
+            logger.warning("the state holds no draws for this DiffLoss, which has a seed: they are not resumed")
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([self.seed, self.count], device="cpu")

@@ -43,7 +43,7 @@ def check_weight(name: str, value: Any) -> float:
     """
     weight = check_number(name, value)
     if not 0 <= weight <= torch.finfo(torch.float32).max:
-        raise InputError(f"{name} is {value}; expected a finite number >= 0 that float32 holds")
+        raise InputError(f"{name} is {value}; expected a finite number >= 0 that fits in float32")
     return max(weight, LEAST_WEIGHT) if weight else 0.0
 
 
@@ -195,7 +195,7 @@ def check_images(
     hint = ""
     if resolution is not None:
         if (height, width) != resolution:
-            hint = ", the bundle's size: crop images to it, or export one of their size with --resolution"
+            hint = ", the bundle's size: crop the images to it, or export a bundle of their size with --resolution"
         height, width = resolution
     elif height == 0 or width == 0 or height % multiple or width % multiple:
         raise InputError(
@@ -204,7 +204,7 @@ def check_images(
     if found != channels and restored.shape[-1] == channels:
         hint = ": its last axis looks like the channels; permute(0, 3, 1, 2) puts them where they are expected"
     elif found != channels:
-        hint = f": this UNet takes {channels} channels; export one that takes {found}, or convert the images"
+        hint = f": this UNet takes {channels} channels; export a UNet that takes {found}, or convert the images"
     shape = (batch, channels, height, width)
     _check_tensor("restored", restored, shape, device, hint)
     _check_tensor("target", target, shape, device)
@@ -219,7 +219,7 @@ def check_images(
         raise InputError(broken)
     diverged = _beyond("restored", restored, of_restored, *value_range, RESTORED_OVERSHOOT)
     if diverged and all(math.isfinite(value) for value in of_restored):
-        diverged += ": the range is another one, or the network has diverged"
+        diverged += ": value_range is wrong, or the network has diverged"
     narrow = ""
     if max(most - least for least, most in (of_restored, of_target)) < NARROW * (value_range[1] - value_range[0]):
         narrow = (

@@ -1,4 +1,4 @@
-"""A Lightning callback; Lightning itself is imported when it is asked for."""
+"""A Lightning callback; Lightning itself is imported only when the callback is made."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ if TYPE_CHECKING:
 
 
 def log_terms(key: str = "diffloss") -> Callback:
-    """Return a callback that logs the terms of each training step, their means over the batch and over the epoch.
+    """Return a callback that logs the terms of each training step, as means over the batch and over the epoch.
 
-    The module's `training_step` returns what `DiffLoss.terms` has returned beside its loss:
-    `{"loss": loss, "diffloss": terms}`. It is logged as `diffloss/total`, `diffloss/naturalness`, `diffloss/semantic`.
+    The module's `training_step` must return, with its loss, the terms that `DiffLoss.terms` returned:
+    `{"loss": loss, "diffloss": terms}`. They are logged as `diffloss/total`, `diffloss/naturalness` and
+    `diffloss/semantic`.
 
-    Raises MissingPackageError without Lightning, and InputError in the training if `key` does not hold the terms.
+    Raises MissingPackageError without Lightning, and InputError during training if `key` does not hold the terms.
     """
     try:
         from lightning.pytorch.callbacks import Callback
     except ImportError as error:
         raise MissingPackageError(
-            f"the callback is Lightning's, which cannot be imported ({error}): install 'lightning'"
+            f"the callback needs Lightning, which cannot be imported ({error}): install 'lightning'"
         ) from error
 
     class LogTerms(Callback):

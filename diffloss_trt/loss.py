@@ -69,9 +69,9 @@ class DiffLoss(nn.Module):
     noise (naturalness) and bottleneck features (semantic) of both are compared by mean squared difference.
     Make one with `load` (from an exported bundle) or `from_unet` (from a diffusers UNet, on eager PyTorch).
 
-    The frozen weights are in neither `parameters()` nor `state_dict()`. Copies of a module share them. With a `seed`
-    the state of the random draws is in `state_dict()`, and nothing else; without, nothing is: PyTorch's global
-    generators, from which they are then drawn, are the trainer's to save.
+    The frozen weights are in neither `parameters()` nor `state_dict()`. Copies of a module share them. With a `seed`,
+    `state_dict()` holds the state of the random draws, and nothing else. Without one it is empty: the draws then come
+    from PyTorch's global generators, which are the trainer's to save.
     """
 
     draws: Draws | None
@@ -91,8 +91,8 @@ class DiffLoss(nn.Module):
         super().__init__()
         if not hasattr(evaluator, "schedule"):
             raise InputTypeError(
-                f"evaluator is a {type(evaluator).__name__}; the loss of a bundle is DiffLoss.load(bundle), "
-                "and that of a UNet DiffLoss.from_unet(unet, scheduler)"
+                f"evaluator is a {type(evaluator).__name__}; make a loss with DiffLoss.load(bundle) "
+                "or DiffLoss.from_unet(unet, scheduler)"
             )
         self.evaluator = evaluator
         self.naturalness_weight = naturalness_weight
@@ -112,9 +112,7 @@ class DiffLoss(nn.Module):
         if name in SETTINGS:
             value = SETTINGS[name](name, value)
             if name == "check_every" and value is not None and self.evaluator.check is None:
-                raise InputError(
-                    "check_every is for a bundle and backward='fused': nothing else is held to a tolerance"
-                )
+                raise InputError("check_every needs a bundle and backward='fused': nothing else is held to a tolerance")
         super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -130,7 +128,7 @@ class DiffLoss(nn.Module):
         # The checkpoint of a training with a seed is to be taken without one.
         if self.draws is None and state_dict.pop(f"{prefix}draws._extra_state", None) is not None:
             logger.warning(
-                "the state has the draws of a DiffLoss with a seed, and this one has none: they are left out"
+                "the state holds the draws of a DiffLoss with a seed, but this one has no seed: they are ignored"
             )
         super()._load_from_state_dict(state_dict, prefix, *more)
 
@@ -189,33 +187,33 @@ class DiffLoss(nn.Module):
 
         Args:
             bundle: the bundle's folder.
-            backend: "tensorrt", "tensorrt-rtx" or "inductor", which build what they need the first time, in minutes;
-                "onnxruntime"; "torch"; "auto", which takes the first of these that works here; or
-                "onnxruntime-tensorrt", ONNX Runtime's own TensorRT, which builds anew at every load.
+            backend: "tensorrt", "tensorrt-rtx" or "inductor", which take minutes to build what they need, the first
+                time; "onnxruntime"; "torch"; "onnxruntime-tensorrt", ONNX Runtime's own TensorRT, which rebuilds at
+                every load; or "auto", which tries several in a fixed order and takes the first that works here.
             device: where images will be; by default the GPU if there is one.
-            naturalness_weight: weight of the predicted noise's difference, >= 0; zero leaves its work out.
-            semantic_weight: weight of the bottleneck's difference, >= 0.
-            backward: "fused": value and gradient come from the engine, in difference form, which stays right however
-                near restored and target are; "recompute": the engine runs forward, and PyTorch re-runs the UNet for the
-                gradient. By default fused, unless the bundle has no gradient graph.
+            naturalness_weight: weight of the difference in predicted noise, >= 0; at zero the term is not computed.
+            semantic_weight: weight of the difference in bottleneck features, >= 0.
+            backward: "fused": value and gradient come from the engine, in difference form, which stays accurate however
+                close restored and target are; "recompute": the engine runs forward, and PyTorch re-runs the UNet for
+                the gradient. By default fused, or recompute if the bundle has no gradient graph.
             reduction: "mean" over the batch, or "none" for a loss of each sample.
             value_range: the range of the images passed in, (low, high).
             cuda_graph: whether to record the engine's work as a CUDA graph when it is loaded. That is faster where
                 launching its kernels takes longer than running them: for small images or batches.
-            seed: of the random draws, >= 0. With one seed the processes of `torch.distributed` draw differently, each
-                by its rank; `state_dict()` holds where they are, so that a resumed training goes on with the same
-                draws. By default they come from PyTorch's global generator.
+            seed: seed of the random draws, >= 0. The rank is mixed in, so the processes of `torch.distributed` draw
+                differently from one seed. `state_dict()` holds the position in the draws, so a resumed training run
+                continues with the same ones. By default they come from PyTorch's global generator.
             nonfinite: what a call does with NaN, infinity or values far outside `value_range` in `restored`, or with
                 NaN or infinity in its results. "error" raises; "skip" logs a warning and returns NaN, with a gradient
-                of NaN, with which `torch.amp.GradScaler` leaves the optimizer's step out.
-            check_every: every so many calls, the results for the first image are compared with eager PyTorch in fp32.
-                That takes the memory of the UNet in fp32 once more. Never by default.
+                of NaN, on which `torch.amp.GradScaler` skips the optimizer's step.
+            check_every: every so many calls, compare the results for the first image with eager PyTorch in fp32, which
+                takes the memory of a second UNet in fp32. By default never.
 
         Raises:
-            BundleError: the folder is no bundle, or was written by a newer version.
+            BundleError: the folder is not a bundle, or was written by a newer version.
             IntegrityError: a file of the bundle is missing, was altered, or does not belong to it.
             BackendUnavailableError: the backend cannot run here.
-            BackendError: the backend begins, and fails: a build, for instance, or for want of memory.
+            BackendError: the backend starts but fails, in a build for example, or for lack of memory.
             ParityError: on the images that the bundle carries, the backend's results are wrong.
             InputError, InputTypeError: a setting cannot be used.
         """
@@ -243,22 +241,22 @@ class DiffLoss(nn.Module):
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """The noise schedule that timesteps are of."""
+        """The noise schedule that timesteps refer to."""
         return self.evaluator.schedule
 
     @property
     def backend(self) -> str:
-        """What computes the loss, one of the words that `load` takes, but never "auto"."""
+        """What computes the loss: one of the values that `load` accepts, but never "auto"."""
         return self.evaluator.backend
 
     @property
     def backward(self) -> Backward:
-        """Where the gradient comes from, as `load` says; "recompute" for the loss of `from_unet`."""
+        """Where the gradient comes from, see `load`; "recompute" for the loss of `from_unet`."""
         return self.evaluator.backward
 
     @property
     def resolution(self) -> tuple[int, int] | None:
-        """Height and width that images must have, or None where every multiple of the UNet's stride is taken."""
+        """Height and width that images must have, or None if any multiple of the UNet's stride will do."""
         return self.evaluator.resolution
 
     def forward(
@@ -286,16 +284,16 @@ class DiffLoss(nn.Module):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Terms:
-        """Return (total, naturalness, semantic) of each sample, [B] each, unweighted but for `total`.
+        """Return (total, naturalness, semantic) of each sample, [B] each.
 
-        Only `total` carries the gradient. A term of weight zero is not computed and is zero.
+        Only `total` is weighted, and only it carries the gradient. A term of weight zero is not computed and is zero.
 
-        Under `torch.compile` a loss with backward "fused" is one operation of the graph, in which everything said here
-        is done as in eager mode; what is wrong with the images is found when it runs. `generator` cannot be given there
-        with `fullgraph=True`, and other losses break the graph.
+        Under `torch.compile` a loss with backward "fused" is one operation of the graph, which does all that is said
+        here as in eager mode; images are checked when it runs. Any other loss breaks the graph, and so does a
+        `generator`: neither can be used with `fullgraph=True`.
 
         Args:
-            restored: what the network made, [B, C, H, W], floating point, in `value_range`.
+            restored: the network's output, [B, C, H, W], floating point, in `value_range`.
             target: the ground truth, like `restored`, without gradient.
             timesteps: integers [B] in [0, T); by default uniform over the schedule.
             noise: standard normal noise like `restored`; drawn by default. Both branches share it.
@@ -304,21 +302,21 @@ class DiffLoss(nn.Module):
 
         Raises:
             InputError: wrong rank, channels, size, value range, NaN or infinity, timesteps outside the schedule,
-                or a target that requires grad. On a GPU looking at values waits for the GPU, so it is left out while
-                a CUDA graph is captured; that of results too, and the comparison of `check_every`.
+                or a target that requires grad. On a GPU, checking values waits for the GPU; so while a CUDA graph is
+                captured, neither images nor results are checked, and `check_every` does nothing.
             InputTypeError: wrong type, dtype or device.
-            BackendError: of finite images the terms, or the gradient of backward "fused", are not finite; a draw of
-                a loss with a seed is to be repeated, and cannot be; see `Draws`.
+            BackendError: the terms, or the gradient of backward "fused", are not finite although the images are; or a
+                loss with a seed has to repeat a draw and cannot, see `Draws`.
             ParityError: `check_every` has found wrong results.
 
-            With nonfinite "skip", what `restored` and the results hold is not raised; see `load`.
+            With nonfinite "skip", bad values in `restored` or in the results do not raise; see `load`.
         """
         # Not `is_compiling`, which is true in all threads while one of them traces.
         if torch.compiler.is_dynamo_compiling():
             if self.backward == "fused" and generator is None:
                 return compiled_terms(self, self._handle, restored, target, timesteps, noise)
             torch._dynamo.graph_break(
-                msg="a DiffLoss breaks the graph unless its backward is fused and it is given no generator"
+                msg="a DiffLoss breaks the graph unless its backward is fused and no generator is passed"
             )
         call = self.prepare(restored, target, timesteps, noise, generator)
         terms, gradient = self.evaluate(call)
@@ -326,7 +324,7 @@ class DiffLoss(nn.Module):
 
     @property
     def seed(self) -> int | None:
-        """That of the random draws. When it is assigned, they begin anew."""
+        """The seed of the random draws. Assigning it restarts them."""
         return None if self.draws is None else self.draws.seed
 
     @seed.setter
@@ -335,13 +333,13 @@ class DiffLoss(nn.Module):
 
     @property
     def weights(self) -> tuple[float, float]:
-        """Those of naturalness and semantic."""
+        """The weights of naturalness and semantic."""
         return self.naturalness_weight, self.semantic_weight
 
     def centred(self, image: Tensor) -> Tensor:
-        """Return `image` in [-1, 1], and half-precision images widened.
+        """Return `image` mapped to [-1, 1], and widened if it is in half precision.
 
-        Their mixture with noise would lose the digits that the loss lives on.
+        Mixed with noise in half precision, it would lose the digits that the loss depends on.
         """
         low, high = self.value_range
         # In this form nothing is rounded if the range is [-1, 1] already: near images differ by little more than that.
@@ -361,8 +359,8 @@ class DiffLoss(nn.Module):
             raise InputTypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator")
         if not evaluator.on_tape and _is_transformed(restored):
             raise InputTypeError(
-                "restored is what torch.func or forward-mode differentiation follows, which this loss cannot be; "
-                "the loss has a gradient by backward() and torch.autograd.grad, and reduction='none' one of each sample"
+                "restored is traced by torch.func or forward-mode differentiation, which this loss does not support; "
+                "use backward() or torch.autograd.grad, and reduction='none' for per-sample gradients"
             )
         with _counting.lock:
             self.calls += 1
@@ -403,7 +401,7 @@ class DiffLoss(nn.Module):
     def evaluate(self, call: Call) -> tuple[Terms, Tensor | None]:
         """Return the terms of a call, and the gradient of `total` with respect to `restored` in [-1, 1].
 
-        They are those of `Evaluator.evaluate`; where nothing was computed there is a gradient too.
+        Both are as in `Evaluator.evaluate`, but where nothing was computed there is a gradient too.
         """
         if not call.usable:
             return _constant(call, math.nan)
@@ -417,8 +415,8 @@ class DiffLoss(nn.Module):
         if not (fits or before):  # not of one alone, such as the last of an epoch
             self._warn_once(
                 BATCH,
-                f"this bundle computes {at_once} images at a time, so that a batch of {count} takes as long as one of "
-                f"{computed}; where batches are of {count}, export it with --batch-size {count}",
+                f"this bundle computes {at_once} images at a time, so a batch of {count} takes as long as one of "
+                f"{computed}; for batches of {count}, export it with --batch-size {count}",
             )
         terms, gradient = evaluator.evaluate(*call.images, self.weights)
         if not call.looked_at:

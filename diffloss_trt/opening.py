@@ -40,7 +40,7 @@ def open_evaluator(
     opened = Bundle.open(bundle)
     fused = _has_gradient(opened, backward) and backward != "recompute"
     if cuda_graph and not (fused and place.type == "cuda"):
-        raise InputError("cuda_graph is for a CUDA device and backward='fused'")
+        raise InputError("cuda_graph needs a CUDA device and backward='fused'")
     return _open(opened, backend, place, _Wanted(fused, cuda_graph, weights))
 
 
@@ -48,11 +48,11 @@ def _has_gradient(bundle: Bundle, backward: Backward | None) -> bool:
     """Whether the bundle has gradient graphs; an error if not, and `backward` asks for them."""
     if {GRADIENT, SEMANTIC_GRADIENT} <= bundle.graphs.keys():
         return True
-    how = f"{bundle.path} has no gradient graph: 'diffloss-export onnx' writes one, unless it is given --no-gradient"
+    how = f"{bundle.path} has no gradient graph: 'diffloss-export onnx' writes one unless given --no-gradient"
     if backward == "fused":
         raise BackendUnavailableError(f"{how}; or load the bundle with backward='recompute'")
     if backward is None:
-        logger.warning("backward recompute, because %s", how)
+        logger.warning("using backward='recompute': %s", how)
     return False
 
 
@@ -72,7 +72,7 @@ def _open(bundle: Bundle, backend: str, device: torch.device, wanted: _Wanted) -
             evaluator.session(gradient_graph(wanted.weights))  # what cannot run is to be known before training starts
         return evaluator
     if backend == "inductor":
-        raise BackendUnavailableError("inductor compiles gradient graphs, and these alone: load with backward='fused'")
+        raise BackendUnavailableError("inductor compiles gradient graphs only: load with backward='fused'")
     recomputing = RecomputeEvaluator(bundle, backend, device)
     recomputing.open()
     return recomputing

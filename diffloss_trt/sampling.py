@@ -1,4 +1,4 @@
-"""At which timesteps the loss looks: densities over the noise schedule, and samplers that draw from them."""
+"""Which timesteps the loss uses: densities over the noise schedule, and samplers that draw from them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Range = tuple[int, int]
 class TimestepSampler:
     """Draws a timestep for each image of a batch: `loss_fn(restored, target, timesteps=sampler(len(restored)))`.
 
-    The loss of a training is its expectation under this density; nothing divides the density out again.
+    Training then minimises the loss's expectation under this density; the density is not divided out again.
 
     Args:
-        density: what `uniform_range`, `snr_weighted` or `Annealed` returns, or any like it.
-        low_discrepancy: whether the timesteps of a batch lie evenly in the density, one in each of B equal shares of
-            it, all at one random place of their share (Kingma et al., Variational Diffusion Models, 2021, appendix
-            I.1). Each timestep has the same density as without, and the batch's mean a smaller variance.
+        density: the result of `uniform_range` or `snr_weighted`, an `Annealed`, or any other density like these.
+        low_discrepancy: whether to spread the timesteps of a batch evenly over the density: one in each of B equal
+            shares of it, all at the same random place in their share (Kingma et al., Variational Diffusion Models,
+            2021, appendix I.1). Each timestep keeps its density, and the batch's mean has a smaller variance.
         generator: source of the random draws, on any device; by default PyTorch's global one.
-        device: where the timesteps shall be: the loss's.
+        device: device of the timesteps, that of the loss.
 
-    Raises InputError, when made and at each draw, for a density that cannot be drawn from; InputTypeError for what is
-    no density or no generator; and as `DiffLoss.load` does for a device that there is not.
+    Raises InputError, when made and at each draw, for a density that cannot be drawn from; InputTypeError for a density
+    or generator of the wrong type; and as `DiffLoss.load` does for a device that does not exist.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class TimestepSampler:
     def __call__(self, batch: int, step: int | None = None) -> Tensor:
         """Return integers [batch] in [0, T), in random order.
 
-        `step`, of the training, is for a density that changes with it, as `Annealed` does: InputError without.
+        `step`, the training step, is needed by a density that changes with it, such as `Annealed`: InputError without.
         """
         check_integer("batch", batch, 1)
         distribution = self._distribution(step)
@@ -78,7 +78,9 @@ class TimestepSampler:
         if isinstance(self.density, Tensor):
             density = self.density
         elif step is None:
-            raise InputError("step is None; expected the training's, with which this density changes: (batch, step)")
+            raise InputError(
+                "step is None; expected the training step, with which this density changes: sampler(batch, step)"
+            )
         else:
             density = self.density(step)
         cumulative = _checked(density).cumsum(0)
@@ -86,9 +88,9 @@ class TimestepSampler:
 
 
 def uniform_range(schedule: NoiseSchedule, low: int = 0, high: int | None = None) -> Tensor:
-    """Return the density, [T], that is the same for all timesteps in [low, high); by default for all there are.
+    """Return the uniform density, [T], over the timesteps in [low, high); by default over all of the schedule.
 
-    Raises InputError for a range outside of the schedule, InputTypeError for bounds that are no integers.
+    Raises InputError for a range outside of the schedule, InputTypeError for bounds that are not integers.
     """
     bounds = check_integer("low", low), len(schedule) if high is None else check_integer("high", high)
     return _inside(torch.ones(len(schedule), dtype=torch.float64), bounds)
@@ -103,7 +105,7 @@ def snr_weighted(schedule: NoiseSchedule, weight: Callable[[Tensor], Tensor] = b
     """Return the density, [T], proportional to a function of the signal-to-noise ratio, SNR = abar / (1 - abar).
 
     `weight` maps SNR [T], falling, float64 in [0, inf], to weights >= 0. The weight of min-SNR (Hang et al., 2023), for
-    one, is `lambda snr: snr.clamp(max=5)`. Raises InputError if it is not finite and >= 0, or zero everywhere.
+    example, is `lambda snr: snr.clamp(max=5)`. Raises InputError unless weights are finite, >= 0 and not all zero.
     """
     abar = schedule.alphas_cumprod
     return _checked(weight(abar / (1 - abar)))
@@ -113,8 +115,8 @@ def snr_weighted(schedule: NoiseSchedule, weight: Callable[[Tensor], Tensor] = b
 class Annealed:
     """A density whose range moves, timestep by timestep, from [low, high) `start` to `end` in `steps` training steps.
 
-    What is left of `density` [T] in the range keeps its proportions. Raises InputError for a range outside of the
-    schedule or without density, InputTypeError for what is no density, no range of integers or no number of steps.
+    Within the range, `density` [T] keeps its proportions. Raises InputError for a range outside of the schedule or
+    without density, InputTypeError for a density, a range of integers or a number of steps of the wrong type.
     """
 
     density: Tensor
@@ -133,7 +135,7 @@ class Annealed:
             _checked(self(step))
 
     def __call__(self, step: int) -> Tensor:
-        """Return the density at a step of the training, [T]; before 0 and beyond `steps` it does not change."""
+        """Return the density at a training step, [T]; before 0 and beyond `steps` it does not change."""
         done = min(max(step / self.steps, 0.0), 1.0)
         low, high = (round(first + done * (last - first)) for first, last in zip(self.start, self.end, strict=True))
         return _inside(self.density, (low, high))

@@ -43,7 +43,7 @@ class NoiseSchedule:
         if not bool(((table >= 0) & (table <= 1)).all()) or bool((table.diff() > 0).any()):
             raise InputError("alphas_cumprod must lie in [0, 1] and never rise")
         if prediction_type == "sample" and bool((table == 1).any()):
-            raise InputError("alphas_cumprod contains 1, where a predicted sample says nothing of the noise")
+            raise InputError("alphas_cumprod contains 1, where a predicted sample says nothing about the noise")
         if unet_timesteps is not None:
             _expect_tensor("unet_timesteps", unet_timesteps)
             unet_timesteps = unet_timesteps.detach().to("cpu", torch.float64)
@@ -69,8 +69,8 @@ class NoiseSchedule:
         # These keep a table that they do not use.
         if config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous":
             raise ModelError(
-                f"{type(scheduler).__name__} is set to flow matching or to continuous noise levels, whose UNets are "
-                "told other timesteps: expected a scheduler of discrete ones"
+                f"{type(scheduler).__name__} is set to flow matching or to continuous noise levels, whose UNets "
+                "take other timesteps; expected a scheduler with discrete timesteps"
             )
         prediction_type = config.get("prediction_type", "epsilon")
         try:
@@ -88,7 +88,7 @@ class NoiseSchedule:
         """Undo `to_json`; `BundleError` if `value` is not such an object."""
         if not isinstance(value, dict) or set(value) - {"unet_timesteps"} != {"prediction_type", "alphas_cumprod"}:
             raise BundleError(
-                "the schedule must be an object with prediction_type and alphas_cumprod alone, or unet_timesteps too"
+                "the schedule must be an object of only prediction_type, alphas_cumprod and, optionally, unet_timesteps"
             )
         tables = {name: numbers for name, numbers in value.items() if name != "prediction_type"}
         for name, numbers in tables.items():
@@ -118,7 +118,7 @@ class NoiseSchedule:
         return tables.signal[index].view(-1, 1, 1, 1), tables.noise[index].view(-1, 1, 1, 1)
 
     def told(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return what the UNet is told at `timesteps` (integer valued, [B]): [B], of `dtype` where it is not these."""
+        """Return what the UNet is told at `timesteps` (integer valued, [B]): these themselves, or [B] in `dtype`."""
         table = self.tables(timesteps.device, dtype).unet_timesteps
         return timesteps if table is None else table[timesteps.long()]
 
@@ -140,7 +140,7 @@ class NoiseSchedule:
         return signal_scale * image + noise_scale * noise
 
     def noise_from(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """Turn what the UNet predicts at `noisy` into the noise that it takes `noisy` to hold; all [B, C, H, W]."""
+        """Turn what the UNet predicts at `noisy` into the noise in `noisy` that this implies; all [B, C, H, W]."""
         if self.prediction_type == "epsilon":
             return prediction
         signal_scale, noise_scale = self.scales(timesteps, prediction.dtype)

@@ -61,7 +61,7 @@ class TappedUNet(nn.Module):
         if unet.config.time_embedding_type == "learned" and unet.time_proj.num_embeddings <= last:
             raise ModelError(
                 f"{type(unet).__name__} has learned {unet.time_proj.num_embeddings} timesteps, "
-                f"and its schedule goes on to {last}"
+                f"but its schedule goes up to {last}"
             )
         self.unet = unet.eval().requires_grad_(False)
         self.schedule = schedule
@@ -150,7 +150,7 @@ def check_unet(unet: Any) -> None:
     if getattr(unet, "class_embedding", None) is not None:
         raise ModelError(
             f"{name} is class-conditional (class_embedding): only unconditional UNets can be used; "
-            "'diffloss-export onnx --class-label' makes one of it for one class"
+            "'diffloss-export onnx --class-label' turns it into one, for a single class"
         )
     for block in (*unet.down_blocks, *unet.up_blocks):
         if type(block).__name__ not in BLOCKS:

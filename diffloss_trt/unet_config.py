@@ -54,7 +54,7 @@ def build_unet(config: dict[str, Any]) -> UNet2DModel:
 
     own = config.get(_OWN, {})
     if not isinstance(own, dict) or set(own) - {_HEADS, _SINUSOID} or not isinstance(own.get(_HEADS, {}), dict):
-        raise ValueError(f"{_OWN!r} must be an object with {_HEADS!r}, an object, or {_SINUSOID!r} in it, not {own!r}")
+        raise ValueError(f"{_OWN!r} must be an object with {_HEADS!r} (an object), {_SINUSOID!r} or both, not {own!r}")
     for name in ("layers_per_block", "block_out_channels"):
         # A slip here would be built for hours.
         numbers = config.get(name, 1)

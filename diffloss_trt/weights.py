@@ -1,10 +1,11 @@
-"""Weights of the loss's terms that change during the training: callables from its step, counted from 0, to a weight.
+"""Term weights that change during training: callables from the training step, counted from 0, to a weight.
 
     schedule = Cosine(1e-3, 1e-4, steps=100_000)
     loss_fn.naturalness_weight = schedule(step)
 
-A weight that is not zero must not start at zero, not even for one step: without a term, another graph is run, which has
-to be loaded, and with TensorRT built. Before step 0 a weight is what it is at step 0: `schedule(step - delay)`.
+A weight that will grow must not start at zero, not even for one step: without a term another graph runs, which has to
+be loaded and, with TensorRT, built. Before step 0 a weight is what it is at step 0, so a schedule can be delayed:
+`schedule(step - delay)`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class WarmUp:
 
 @dataclass(frozen=True)
 class Cosine:
-    """A weight that goes from `start`, at step 0, to `end`, from step `steps` on, along half a period of the cosine."""
+    """A weight that follows half a period of the cosine, from `start` at step 0 to `end` from step `steps` on."""
 
     start: float
     end: float

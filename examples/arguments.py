@@ -19,7 +19,7 @@ class OneLineParser(argparse.ArgumentParser):
 def positive_integer(text: str) -> int:
     """Read an integer of at least 1; raise `argparse.ArgumentTypeError` for anything else."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
@@ -30,7 +30,7 @@ def weight(text: str) -> float:
     except ValueError:
         number = math.nan
     if not (math.isfinite(number) and number >= 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0")
     return number
 
 
@@ -46,5 +46,5 @@ def output_folder(text: str) -> Path:
     if not needed.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {str(needed)!r} to make {folder.name!r} in")
     if not os.access(needed, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"no permission to write into {str(needed)!r}")
+        raise argparse.ArgumentTypeError(f"no permission to write to {str(needed)!r}")
     return folder

@@ -1,10 +1,10 @@
-"""Is the built-in prior a denoiser? One-step denoising of held-out photographs beside two classical methods.
+"""Is the built-in prior a denoiser? One-step denoising of held-out photographs, against two classical methods.
 
     python examples/evaluate_prior.py --out FOLDER
 
 For t = 50, 100, 200 the photograph x is noised to x_t = sqrt(abar) x + sqrt(1 - abar) n; the prior predicts the noise
 on overlapping 64x64 tiles and so the clean photograph. Non-local means and wavelet thresholding (scikit-image) get the
-same pixels, x_t / sqrt(abar), with the true sigma and, of several settings each, the best one for the photograph.
+same pixels, x_t / sqrt(abar), and the true sigma; each has the best of several settings for the photograph.
 
 Writes a table, pictures of the results and samples drawn from the prior. The exit status is 1 unless the prior has the
 highest PSNR everywhere.
@@ -112,7 +112,7 @@ def betas(schedule: NoiseSchedule) -> list[float]:
 
 
 def provenance() -> dict[str, str]:
-    """Say where and when the figures were made."""
+    """Return where and when the figures were measured."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
@@ -122,9 +122,9 @@ def provenance() -> dict[str, str]:
 
 
 def main() -> int:
-    parser = OneLineParser(description="One-step denoising with a prior, beside classical denoisers.")
+    parser = OneLineParser(description="One-step denoising with a prior, compared with classical denoisers.")
     parser.add_argument("--out", type=output_folder, required=True, help="folder for table and pictures")
-    parser.add_argument("--prior", default="builtin", help="what diffloss-export takes as MODEL (default: builtin)")
+    parser.add_argument("--prior", default="builtin", help="a MODEL as diffloss-export takes it (default: builtin)")
     args = parser.parse_args()
     model = load_model(args.prior)
     out: Path = args.out
@@ -175,7 +175,7 @@ def main() -> int:
     write_picture(to_picture(tiled), out / "samples.png")
     lost = [row for row in rows if float(row["prior"]) <= max(float(row["wavelet"]), float(row["non-local means"]))]
     for row in lost:
-        print(f"the prior does not win on {row['photograph']} at t = {row['t']}", file=sys.stderr)
+        print(f"the prior is not the best on {row['photograph']} at t = {row['t']}", file=sys.stderr)
     return 1 if lost else 0
 
 

@@ -49,7 +49,7 @@ def gmsd(restored: Tensor, target: Tensor) -> float:
 
 
 def detail(restored: Tensor, target: Tensor) -> float:
-    """Return how much power there is in the finer half of the frequencies, in dB beside the target's.
+    """Return how much power there is in the finer half of the frequencies, in dB relative to the target's.
 
     Of images [3, H, W]: their luminance, under a Hann window, beyond a quarter of a cycle per pixel. Less than 0:
     smoother than the truth; more: noisier, or sharpened.

@@ -1,4 +1,4 @@
-"""What the trainers' examples learn from: crops of photographs in too little light, beside the same well lit."""
+"""Training data of the trainers' examples: crops of photographs in too little light, paired with the originals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from photographs import RandomCrops
 
 
 class Pairs(Dataset[tuple[Tensor, Tensor]]):
-    """`count` pairs (degraded, target), each float32 [3, size, size] in [0, 1]; every index has its own, always."""
+    """`count` pairs (degraded, target), each float32 [3, size, size] in [0, 1]; an index always gives the same pair."""
 
     def __init__(self, count: int, size: int) -> None:
         self.count = count

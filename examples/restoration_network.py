@@ -28,8 +28,8 @@ class ChannelNorm(nn.Module):
 class GatedBlock(nn.Module):
     """Mix space, then channels, each as a residual whose nonlinearity is a product of two halves.
 
-    The spatial half also weights its channels by their means over the picture: what tells exposure
-    or haze is spread over all of it.
+    The spatial half also weights its channels by their means over the picture: the evidence of
+    exposure or haze is spread over all of it.
     """
 
     def __init__(self, channels: int) -> None:
@@ -55,9 +55,9 @@ class GatedBlock(nn.Module):
 class RestorationNetwork(nn.Module):
     """Restore images: float32 [B, 3, H, W] in [0, 1] -> the same shape, not clamped.
 
-    Any H and W from 1 on: they are padded to multiples of 4 inside. A new network returns its input.
+    Any H and W from 1 up: they are padded to multiples of 4 inside. A new network returns its input.
     Most of the work is done at a quarter of the resolution and none of the blocks sit at the full one:
-    there they would double the time and, in trainings of minutes, add nothing.
+    there they would double the time and, in training runs of minutes, add nothing.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Train a small restoration network without and with DiffLoss, and compare the two on photographs held out.
+"""Train a small restoration network without and with DiffLoss, and compare the two on held-out photographs.
 
     python examples/restore.py --out FOLDER [--task lowlight|rain|haze|all] [--bundle BUNDLE] [--steps N]
 
@@ -151,13 +151,13 @@ def main() -> int:
     parser.add_argument("--out", type=output_folder, required=True, help="folder for pictures, curves and table")
     parser.add_argument("--task", choices=(*DEGRADATIONS, "all"), default="all")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--bundle", type=Path, help="a bundle that diffloss-export wrote, of RGB and square images")
-    source.add_argument("--model", default="builtin", help="what to export otherwise (default: builtin)")
-    parser.add_argument("--steps", type=positive_integer, default=90, help="of each training (default: 90)")
+    source.add_argument("--bundle", type=Path, help="a bundle from diffloss-export, for square RGB images")
+    source.add_argument("--model", default="builtin", help="model to export without --bundle (default: builtin)")
+    parser.add_argument("--steps", type=positive_integer, default=90, help="of each training run (default: 90)")
     # Beside a pixel loss, the paper's 1e-3 and 1e-6 move a network over hundreds of thousands of steps. In hundreds,
     # only larger weights show; with these the gradients are of the same order once the pixel loss has fallen.
-    parser.add_argument("--naturalness-weight", type=weight, default=0.1, help="default: 0.1, for short trainings")
-    parser.add_argument("--semantic-weight", type=weight, default=1e-3, help="default: 1e-3, for short trainings")
+    parser.add_argument("--naturalness-weight", type=weight, default=0.1, help="default: 0.1, for short training runs")
+    parser.add_argument("--semantic-weight", type=weight, default=1e-3, help="default: 1e-3, for short training runs")
     args = parser.parse_args()
 
     started = time.monotonic()
@@ -185,7 +185,7 @@ def main() -> int:
     write_whole(table.encode(), out / "table.md")
     write_json(rows, out / "table.json")
     print(table)
-    print(f"pictures, curves and table are in {out}; {time.monotonic() - started:.0f} s")
+    print(f"pictures, curves and table are in {out}, after {time.monotonic() - started:.0f} s")
     return 0
 
 

@@ -1,10 +1,10 @@
-"""Train with DiffLoss in Hugging Face Accelerate: on one device, or on several by a launcher.
+"""Train with DiffLoss in Hugging Face Accelerate: on one device, or on several with a launcher.
 
     python examples/train_accelerate.py BUNDLE [--steps N]
     accelerate launch examples/train_accelerate.py BUNDLE [--steps N]
     ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/train_accelerate.py BUNDLE [--steps N]
 
-BUNDLE is what `diffloss-export onnx builtin --batch-size 4 -o BUNDLE` writes, or another one of square RGB images.
+BUNDLE is written by `diffloss-export onnx builtin --batch-size 4 -o BUNDLE`; any other of square RGB images will do.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Train with DiffLoss in BasicSR: registered in its registry of losses, chosen in options in YAML, trained by SRModel.
+"""Train with DiffLoss in BasicSR: added to its registry of losses, chosen in YAML options, trained by SRModel.
 
     python examples/train_basicsr.py BUNDLE [--steps N]
 
-BUNDLE is what `diffloss-export onnx builtin --batch-size 4 -o BUNDLE` writes, or another one of square RGB images.
+BUNDLE is written by `diffloss-export onnx builtin --batch-size 4 -o BUNDLE`; any other of square RGB images will do.
 BasicSR and torchvision are not among the dependencies of the examples: pip install basicsr torchvision.
 """
 
@@ -27,7 +27,7 @@ BATCH_SIZE = 4
 
 
 def import_basicsr() -> tuple[Any, Any, Any]:
-    """Return BasicSR's registries of networks and of losses, and SRModel. Raises ImportError."""
+    """Return BasicSR's registries of networks and of losses, and SRModel. Raises ImportError without BasicSR."""
     # BasicSR 1.4.2, the last one, imports a module that torchvision has no longer since 0.17; its content is here.
     functional = importlib.import_module("torchvision.transforms.functional")
     sys.modules.setdefault("torchvision.transforms.functional_tensor", functional)

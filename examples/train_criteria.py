@@ -1,8 +1,8 @@
-"""Train with a list of weighted criteria, as one takes them from torch, piq or pyiqa; one of them is DiffLoss.
+"""Train with a list of weighted criteria in the style of torch, piq and pyiqa; one of them is DiffLoss.
 
     python examples/train_criteria.py BUNDLE [--steps N]
 
-BUNDLE is what `diffloss-export onnx builtin --batch-size 4 -o BUNDLE` writes, or another one of square RGB images.
+BUNDLE is written by `diffloss-export onnx builtin --batch-size 4 -o BUNDLE`; any other of square RGB images will do.
 """
 
 from __future__ import annotations

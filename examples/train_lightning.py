@@ -2,7 +2,7 @@
 
     python examples/train_lightning.py BUNDLE --out FOLDER [--steps N]
 
-BUNDLE is what `diffloss-export onnx builtin --batch-size 4 -o BUNDLE` writes, or another one of square RGB images.
+BUNDLE is written by `diffloss-export onnx builtin --batch-size 4 -o BUNDLE`; any other of square RGB images will do.
 FOLDER receives the logged terms, `metrics.csv`, and a checkpoint.
 """
 
@@ -31,7 +31,7 @@ BATCH_SIZE = 4
 class Restoration(LightningModule):
     """A restoration network in training; the loss's frozen weights are in neither its optimizer nor its checkpoints.
 
-    Of the loss a checkpoint holds where its draws are, if it has a seed.
+    If the loss has a seed, a checkpoint holds the position in its draws.
     """
 
     def __init__(self, loss_fn: DiffLoss) -> None:

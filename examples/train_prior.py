@@ -3,8 +3,8 @@
     python examples/train_prior.py --out FOLDER [--steps 5500]
 
 Epsilon prediction on the linear 1000-step schedule, Adam, an exponential moving average of the
-weights, bf16 autocast. Writes `FOLDER/checkpoint.pt` every few hundred steps (a run that is started again goes
-on from there) and, at the end, the averaged weights as a diffusers pipeline folder in fp16.
+weights, bf16 autocast. Writes `FOLDER/checkpoint.pt` every few hundred steps (a run that is started again continues
+from there) and, at the end, the averaged weights as a diffusers pipeline folder in fp16.
 """
 
 from __future__ import annotations

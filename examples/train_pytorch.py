@@ -1,8 +1,8 @@
-"""Train with DiffLoss in plain PyTorch, with timesteps and weights that change over the training.
+"""Train with DiffLoss in plain PyTorch, with timesteps and weights that change during training.
 
     python examples/train_pytorch.py BUNDLE [--steps N]
 
-BUNDLE is what `diffloss-export onnx builtin --batch-size 4 -o BUNDLE` writes, or another one of square RGB images.
+BUNDLE is written by `diffloss-export onnx builtin --batch-size 4 -o BUNDLE`; any other of square RGB images will do.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def test_pages_show_pictures_from_where_they_are(results: dict[str, Content]) ->
     assert set() < shown(summary, README) < shown(report, PAGE)
 
 
-def test_the_summary_has_the_steps_their_aims_and_what_is_not_measured(results: dict[str, Content]) -> None:
+def test_the_summary_has_the_steps_their_targets_and_what_is_not_measured(results: dict[str, Content]) -> None:
     report, summary = make_report(results), make_summary(results)
     for start in ("diffloss-trt, inductor, bf16", "ONNX Runtime in fp32", "DiffLoss, eager PyTorch"):
         assert table_row(summary.text, start) == table_row(report.text, start)
@@ -133,9 +133,9 @@ def test_a_fast_row_with_a_wrong_gradient_meets_no_target(results: dict[str, Con
 
 def test_what_is_absent_is_said_to_be_not_measured(results: dict[str, Content]) -> None:
     before = not_measured(make_report(results))
-    assert "a step of the loss of the paper's ADM-256 on a GPU" in before
+    assert "a step of the loss with the paper's ADM-256 on a GPU" in before
     for stem in [stem for stem in results if stem.startswith(LOSS_STEP)]:
         del results[stem]
-    added = {"a step of the loss of google/ddpm-cifar10-32 on a CPU"}
+    added = {"a step of the loss with google/ddpm-cifar10-32 on a CPU"}
     assert set(not_measured(make_report(results))) - set(before) == added
     assert set(not_measured(make_summary(results))) - set(before) == added

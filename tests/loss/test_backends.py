@@ -277,7 +277,7 @@ def test_recorded_as_a_cuda_graph(
 
 
 def test_a_cuda_graph_wants_a_gpu_and_an_engine(bundle_of: Callable[[str], Bundle]) -> None:
-    with pytest.raises(InputError, match="cuda_graph is for a CUDA device and backward='fused'"):
+    with pytest.raises(InputError, match="cuda_graph needs a CUDA device and backward='fused'"):
         DiffLoss.load(bundle_of("fp32").path, "onnxruntime", CPU, cuda_graph=True)
 
 

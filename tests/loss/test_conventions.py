@@ -96,7 +96,7 @@ def test_wrong_options_are_refused_when_the_loss_is_made(bundle: Path, tmp_path:
     with pytest.raises(InputError, match="both data_range and value_range are given"):
         DiffLossCriterion(bundle, value_range=(-1, 1), data_range=2.0)
     with pytest.raises(
-        InputTypeError, match="there is no option 'weight'; there is backend, device, naturalness_weight"
+        InputTypeError, match="unknown option 'weight'; expected one of backend, device, naturalness_weight"
     ):
         DiffLossCriterion(bundle, weight=1)
 

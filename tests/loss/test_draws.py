@@ -187,11 +187,11 @@ def test_checkpoints_with_and_without_a_seed_are_taken_with_a_warning(
     seeded["loss"](image, other)
     with_draws, without = saved(seeded.state_dict()), saved(plain.state_dict())
     plain.load_state_dict(with_draws)
-    assert [record.getMessage()[:24] for record in caplog.records] == ["the state has the draws "]
+    assert [record.getMessage()[:25] for record in caplog.records] == ["the state holds the draws"]
     caplog.clear()
     expected = copy.deepcopy(seeded)["loss"](image, other)
     seeded.load_state_dict(without)
-    assert [record.getMessage()[:22] for record in caplog.records] == ["the state has nothing "]
+    assert [record.getMessage()[:24] for record in caplog.records] == ["the state holds no draws"]
     assert torch.equal(seeded["loss"](image, other), expected)  # the draws go on
     for whole in (with_draws, without):
         for altered in ({**whole, "loss.more": torch.ones(1)}, {key: whole[key] for key in whole if "net" not in key}):

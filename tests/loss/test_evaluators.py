@@ -245,7 +245,7 @@ def test_bundle_without_a_gradient_graph(
         DiffLoss.load(folder, backward="fused", device="cpu")
     loss = DiffLoss.load(folder, "onnxruntime", "cpu", reduction="none", value_range=(-1, 1))
     assert isinstance(loss.evaluator, RecomputeEvaluator)
-    assert "backward recompute, because" in caplog.text
+    assert "using backward='recompute'" in caplog.text
     value_and_gradient(loss, batch, torch.float32)
     caplog.clear()
     DiffLoss.load(folder, "onnxruntime", "cpu", backward="recompute")
@@ -262,7 +262,7 @@ def test_names_that_were_not_agreed_on(exported: Exported, tmp_path: Path, graph
 
     folder = shutil.copytree(exported[0], tmp_path / "bundle")
     edit_json(folder / "manifest.json", rename)
-    said = rf"the {graph} graph takes .* but in this bundle it takes (else|.* returns else)"
+    said = rf"the {graph} graph should take .* but in this bundle it takes (else|.* returns else)"
     ways: list[tuple[str, Backward]] = [("torch", "fused"), ("onnxruntime", "fused"), ("onnxruntime", "recompute")]
     for backend, backward in ways:
         with pytest.raises(BundleError, match=said):
@@ -274,12 +274,12 @@ def test_names_that_were_not_agreed_on(exported: Exported, tmp_path: Path, graph
 @pytest.mark.parametrize(
     ("graph", "side", "index", "shape", "expected"),
     [
-        ("gradient", "inputs", 0, [], "restored of the gradient graph has shape [], but for images [4, 3, 16, 16]"),
-        ("gradient", "inputs", 3, [4, 1], "timesteps of the gradient graph has shape [4, 1], but"),
-        ("gradient", "outputs", 2, [4, 3, 16, 8], "gradient of the gradient graph has shape [4, 3, 16, 8], but"),
+        ("gradient", "inputs", 0, [], "restored of the gradient graph has shape []; expected [4, 3, 16, 16] for"),
+        ("gradient", "inputs", 3, [4, 1], "timesteps of the gradient graph has shape [4, 1]; expected [4] for"),
+        ("gradient", "outputs", 2, [4, 3, 16, 8], "gradient of the gradient graph has shape [4, 3, 16, 8]; expected"),
         ("semantic_gradient", "inputs", 2, [4, 1, 16, 16], "noise of the semantic_gradient graph has shape"),
-        ("encoder", "outputs", 0, [], "bottleneck of the encoder graph has shape [], but"),
-        ("noise_head", "outputs", 0, [2, 3, 16, 16], "noise of the noise_head graph has shape [2, 3, 16, 16], but"),
+        ("encoder", "outputs", 0, [], "bottleneck of the encoder graph has shape []; expected"),
+        ("noise_head", "outputs", 0, [2, 3, 16, 16], "of the noise_head graph has shape [2, 3, 16, 16]; expected"),
     ],
 )
 def test_shapes_that_were_not_agreed_on(
@@ -302,7 +302,7 @@ def test_a_schedule_that_the_manifest_does_not_tell_of(
 ) -> None:
     folder = shutil.copytree(exported[0], tmp_path / "bundle")
     edit_json(folder / "manifest.json", lambda manifest: manifest["unet"].update({name: value}))
-    with pytest.raises(BundleError, match=rf"{name} of schedule.json is .*, and of the manifest {value!r}"):
+    with pytest.raises(BundleError, match=rf"{name} is .* in schedule.json, but {value!r} in the manifest"):
         DiffLoss.load(folder, "onnxruntime", "cpu")
 
 

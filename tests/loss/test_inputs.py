@@ -130,7 +130,7 @@ SETTINGS: list[tuple[type[DiffLossError], dict[str, Any], str]] = [
     (InputError, {"naturalness_weight": -1.0}, r"naturalness_weight is -1\.0; expected a finite number >= 0"),
     (InputError, {"semantic_weight": math.nan}, r"semantic_weight is nan; expected a finite number >= 0"),
     (InputError, {"semantic_weight": math.inf}, r"semantic_weight is inf; expected a finite number >= 0"),
-    (InputError, {"semantic_weight": 1e39}, r"semantic_weight is 1e\+39; expected .* that float32 holds"),
+    (InputError, {"semantic_weight": 1e39}, r"semantic_weight is 1e\+39; expected .* that fits in float32"),
     (InputTypeError, {"naturalness_weight": True}, r"naturalness_weight is True, a bool; expected a number"),
     (InputTypeError, {"semantic_weight": "1e-6"}, r"semantic_weight is '1e-6', a str; expected a number"),
     (InputTypeError, {"semantic_weight": None}, r"semantic_weight is None, a NoneType; expected a number"),
@@ -177,7 +177,7 @@ def test_settings_are_checked_when_they_are_assigned(
 
 
 def test_check_every_is_checked_when_it_is_assigned(loss: DiffLoss, exported: tuple[Path, Any, NoiseSchedule]) -> None:
-    with pytest.raises(InputError, match="check_every is for a bundle and backward='fused'"):
+    with pytest.raises(InputError, match="check_every needs a bundle and backward='fused'"):
         loss.check_every = 1
     loaded = DiffLoss.load(exported[0], "onnxruntime", "cpu")
     with pytest.raises(InputError, match="check_every is 0; expected 1 to"):
@@ -216,7 +216,7 @@ def test_numbers_may_be_numpys(scheduler: Any) -> None:
 def test_a_path_or_a_unet_is_no_evaluator(scheduler: Any) -> None:
     evaluators: list[tuple[Any, str]] = [("bundle", "str"), (Path("bundle"), "PosixPath"), (make_unet(), "UNet2DModel")]
     for evaluator, name in evaluators:
-        with pytest.raises(InputTypeError, match=f"evaluator is a {name}; the loss of a bundle is DiffLoss.load"):
+        with pytest.raises(InputTypeError, match=f"evaluator is a {name}; make a loss with DiffLoss.load"):
             DiffLoss(evaluator)
 
 
@@ -225,7 +225,7 @@ def test_images_that_a_bundle_does_not_take(exported: tuple[Path, Any, NoiseSche
     size = r"restored has shape \[2, 3, 24, 16\]; expected \[2, 3, 16, 16\], the bundle's size: crop .*--resolution$"
     with pytest.raises(InputError, match=size):
         loss(image(2, 3, 24, 16), image(2, 3, 24, 16))
-    grey = r"expected \[2, 3, 16, 16\]: this UNet takes 3 channels; export one that takes 1, or convert the images$"
+    grey = r"expected \[2, 3, 16, 16\]: this UNet takes 3 channels; export a UNet that takes 1, or convert the images$"
     with pytest.raises(InputError, match=grey):
         loss(image(2, 1, 16, 16), image(2, 1, 16, 16))
     with pytest.raises(InputError, match=r"last axis looks like the channels; permute\(0, 3, 1, 2\)"):

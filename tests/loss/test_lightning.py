@@ -97,7 +97,7 @@ def test_terms_that_are_not_returned_are_missed(
 
 def test_without_lightning_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightning.pytorch.callbacks", None)
-    with pytest.raises(MissingPackageError, match=r"Lightning's, which cannot be imported .*: install 'lightning'"):
+    with pytest.raises(MissingPackageError, match=r"needs Lightning, which cannot be imported .*: install 'lightning'"):
         log_terms()
 
 

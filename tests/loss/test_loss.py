@@ -355,8 +355,8 @@ def test_a_batch_that_wastes_the_bundles_is_warned_of_once(
         []
         if said is None
         else [
-            f"this bundle computes 4 images at a time, so that a batch of {said[0]} takes as long as one of {said[1]}; "
-            f"where batches are of {said[0]}, export it with --batch-size {said[0]}"
+            f"this bundle computes 4 images at a time, so a batch of {said[0]} takes as long as one of {said[1]}; "
+            f"for batches of {said[0]}, export it with --batch-size {said[0]}"
         ]
     )
     assert [record.getMessage() for record in caplog.records] == expected

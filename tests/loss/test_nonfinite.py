@@ -159,7 +159,7 @@ def test_a_spike_far_out_of_range_is_skipped_too(make_loss: MakeLoss, caplog: py
     degraded, target = batch(0)
     spike = degraded.clone()
     spike[1, 0, 3, 3] = -3e4
-    said = r"restored has values from -3e\+04 to .*; expected about 0 to 1 .*: the range is another one, or the network"
+    said = r"restored has values from -3e\+04 to .*; expected about 0 to 1 .*: value_range is wrong, or the network"
     with pytest.raises(InputError, match=f"^call 1 of this loss: {said} has diverged$"):
         make_loss()(spike, target)
     loss = make_loss(nonfinite="skip")

@@ -195,7 +195,7 @@ def test_what_is_no_density_or_generator_is_named() -> None:
 
 def test_a_density_that_changes_is_not_drawn_from_without_a_step() -> None:
     sampler = TimestepSampler(Annealed(uniform_range(SCHEDULE), (0, COUNT), (0, 10), 5))
-    with pytest.raises(InputError, match="step is None; expected the training's"):
+    with pytest.raises(InputError, match="step is None; expected the training step"):
         sampler(2)
     assert sampler(2, 5).max() < 10
     assert TimestepSampler(uniform_range(SCHEDULE))(2, 5).shape == (2,)  # as a loop that is written for both does

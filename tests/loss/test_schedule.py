@@ -188,8 +188,8 @@ def test_json_keeps_every_digit() -> None:
     ("value", "message"),
     [
         ([0.5], "must be an object"),
-        ({"alphas_cumprod": [0.5]}, "prediction_type and alphas_cumprod alone"),
-        ({"alphas_cumprod": [0.5], "prediction_type": "epsilon", "betas": []}, "alone"),
+        ({"alphas_cumprod": [0.5]}, "only prediction_type, alphas_cumprod and"),
+        ({"alphas_cumprod": [0.5], "prediction_type": "epsilon", "betas": []}, "must be an object of only"),
         ({"alphas_cumprod": 0.5, "prediction_type": "epsilon"}, "a list of numbers"),
         ({"alphas_cumprod": [0.5, "0.4"], "prediction_type": "epsilon"}, "a list of numbers"),
         ({"alphas_cumprod": [True], "prediction_type": "epsilon"}, "a list of numbers"),

@@ -151,7 +151,7 @@ def broken(value: float) -> Any:
         ),
         (
             lambda: make_unet("learned_time", num_train_timesteps=100),
-            "has learned 100 timesteps, and its schedule goes on to 999",
+            "has learned 100 timesteps, but its schedule goes up to 999",
         ),
         (lambda: broken(float("nan")), r"up_blocks\.0\.resnets\.0\.conv1\.bias holds NaN or infinite"),
         (lambda: broken(float("inf")), r"up_blocks\.0\.resnets\.0\.conv1\.bias holds NaN or infinite"),
@@ -165,6 +165,6 @@ def test_unets_that_cannot_be_used(make: Callable[[], Any], message: str) -> Non
 def test_learned_timesteps_are_those_that_the_unet_is_told() -> None:
     told = torch.linspace(0, 980, 50, dtype=torch.float64)
     schedule = NoiseSchedule(torch.linspace(0.99, 0.01, 50, dtype=torch.float64), unet_timesteps=told)
-    with pytest.raises(ModelError, match="has learned 100 timesteps, and its schedule goes on to 980"):
+    with pytest.raises(ModelError, match="has learned 100 timesteps, but its schedule goes up to 980"):
         TappedUNet(make_unet("learned_time", num_train_timesteps=100), schedule)
     TappedUNet(make_unet("learned_time", num_train_timesteps=981), schedule)

@@ -62,7 +62,7 @@ def test_sinusoid_of_another_width() -> None:
     [
         ([], "must be an object"),
         ({"heads": 3}, "must be an object with 'attention_heads'"),
-        ({"attention_heads": [2]}, "must be an object with 'attention_heads', an object"),
+        ({"attention_heads": [2]}, r"must be an object with 'attention_heads' \(an object\)"),
         ({"attention_heads": {"conv_in": 2}}, "no attention 'conv_in'"),
         ({"attention_heads": {"mid_block.attentions.0": 3}}, "3 of 'mid_block.attentions.0' does not divide its 32"),
         ({"attention_heads": {"mid_block.attentions.0": 0}}, "0 of"),
