@@ -119,7 +119,8 @@ class Bundle:
         """The path of a graph's ONNX file, once everything that a runtime would read for it has been verified.
 
         That is the file itself, its weights, and where its external data points. Raises BundleError if there is no
-        such graph or it refers to data outside its weights, IntegrityError if a file is missing or was altered.
+        such graph, it refers to data outside its weights, or it has operations that are not ONNX's own; IntegrityError
+        if a file is missing or was altered.
         """
         graph = self.graphs.get(name)
         if graph is None:
