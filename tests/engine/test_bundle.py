@@ -112,6 +112,16 @@ def test_what_is_no_bundle_says_why(tmp_path: Path) -> None:
         Bundle.open(tmp_path)
 
 
+def test_what_is_no_bundle_is_not_looked_through(tmp_path: Path) -> None:
+    """A project's folder has links in it, and a home is large."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest\.json; 'diffloss-export onnx"):
+        Bundle.open(tmp_path)
+    (tmp_path / "manifest.json").symlink_to(tmp_path / "nothing")
+    with pytest.raises(BundleError, match="is a symbolic link, which a bundle may not hold"):
+        Bundle.open(tmp_path)
+
+
 @pytest.mark.parametrize("path", ["~nosuchuser/bundle", "x" * 5000])
 def test_paths_that_no_system_opens_say_why(path: str) -> None:
     with pytest.raises(BundleError, match="cannot be opened: "):
