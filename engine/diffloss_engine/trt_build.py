@@ -130,20 +130,24 @@ def _recorder(trt: ModuleType) -> Any:
 
 def make_runtime(trt: ModuleType, logger: Any) -> Any:
     """Return TensorRT's runtime. Raises BackendUnavailableError if the GPU's driver is missing or too old for it."""
-    runtime = _working(trt, trt.Runtime(logger), logger)
+    runtime = _working(trt, trt.Runtime, logger)
     # A plan that runs in later versions brings a runtime of its own. That is code, but so is every plan.
     runtime.engine_host_code_allowed = True
     return runtime
 
 
-def _working(trt: ModuleType, made: Any, logger: Any) -> Any:
-    """Return a runtime or a builder. Raises BackendUnavailableError if it could not be made."""
-    # Then the binding returns an object all the same, and a call of that ends the process; so does its destructor,
-    # which therefore must never run.
-    if logger.failed:
+def _working(trt: ModuleType, kind: Callable[[Any], Any], logger: Any) -> Any:
+    """Return a new runtime or builder. Raises BackendUnavailableError if it cannot be made."""
+    try:
+        made = kind(logger)
+        if not logger.failed:
+            return made
+        # From TensorRT 10.15 to 11.4 the binding returns an object all the same, and a call of that ends the process;
+        # so does its destructor, which therefore must never run.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
-        raise BackendUnavailableError(f"{trt.__name__} {trt.__version__} does not work here: {logger.take()}")
-    return made
+    except TypeError:
+        pass  # In TensorRT 10.14: "factory function returned nullptr". The reason is in the log.
+    raise BackendUnavailableError(f"{trt.__name__} {trt.__version__} does not work here: {logger.take()}")
 
 
 def build_plan(
@@ -167,7 +171,7 @@ def build_plan(
     """
     trt = import_flavour(flavour)
     logger = recording_logger(trt)
-    builder = _working(trt, trt.Builder(logger), logger)
+    builder = _working(trt, trt.Builder, logger)
     network = _parse(trt, builder, logger, graph_file)
     check_network(trt, network, precision)
     config = _made(builder.create_builder_config(), logger, "make a configuration")
@@ -187,7 +191,7 @@ def build_plan(
 def build_addition(trt: ModuleType) -> memoryview:
     """Build a plan that adds a number to itself: the least there is to try a GPU with."""
     logger = recording_logger(trt)
-    builder = _working(trt, trt.Builder(logger), logger)
+    builder = _working(trt, trt.Builder, logger)
     network = _make_network(trt, builder, logger)
     number = network.add_input("number", trt.DataType.FLOAT, (1,))
     network.mark_output(network.add_elementwise(number, number, trt.ElementWiseOperation.SUM).get_output(0))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor
 from diffloss_engine import DTYPES, BackendError, BackendUnavailableError, Graph
 from diffloss_engine.plan_cache import PlanCache
 from diffloss_engine.tensors import concrete_device
-from diffloss_engine.trt_build import build_plan
+from diffloss_engine.trt_build import build_addition, build_plan, make_runtime, recording_logger
 from diffloss_engine.trt_session import TrtSession, kept_or_built
 
 SaveConv = Callable[[Path, str], Graph]
@@ -43,6 +44,25 @@ def test_a_runtime_that_cannot_be_made_is_an_error() -> None:
     assert done.returncode == 0
     assert "does not work here: " in done.stdout
     assert "CUDA" in done.stdout
+
+
+@pytest.mark.parametrize("said", ["CUDA initialization failure with error: 35", None])
+def test_a_binding_that_raises_says_why(said: str | None) -> None:
+    """As that of TensorRT 10.14 does, of which no library can be had without NVIDIA's index."""
+    trt = pytest.importorskip("tensorrt_lean_bindings", reason="TensorRT's lean runtime is not installed")
+
+    def make(logger: Any) -> None:
+        if said:
+            logger.log(trt.ILogger.ERROR, said)
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    broken = ModuleType("tensorrt")
+    broken.__dict__.update(__version__="10.14.1", ILogger=trt.ILogger, Runtime=make, Builder=make)
+    for work in (lambda: make_runtime(broken, recording_logger(broken)), lambda: build_addition(broken)):
+        with pytest.raises(
+            BackendUnavailableError, match=rf"^tensorrt 10\.14\.1 does not work here: {said or 'it gave no reason'}$"
+        ):
+            work()
 
 
 def test_a_plan_of_other_options_is_used_and_never_rebuilt_without_them(tmp_path: Path) -> None:
