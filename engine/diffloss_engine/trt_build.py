@@ -8,11 +8,12 @@ import functools
 import importlib
 import logging
 import os
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 from diffloss_engine.errors import BackendError, BackendUnavailableError, InputError
@@ -179,7 +180,8 @@ def build_plan(
     timings = None if timing_cache is None else _set_timings(flavour, config, logger, timing_cache)
     monitor = _monitor(trt, on_progress)
     config.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, config)
+    with _interrupts_kept(monitor):
+        plan = builder.build_serialized_network(network, config)
     if monitor.raised is not None:
         raise monitor.raised
     plan = memoryview(_made(plan, logger, f"build a plan of {graph_file.name}"))
@@ -316,6 +318,32 @@ def _monitor(trt: ModuleType, on_progress: Progress) -> Any:
                 self.raised = error
 
     return Monitor()
+
+
+@contextlib.contextmanager
+def _interrupts_kept(monitor: Any) -> Iterator[None]:
+    """Let `monitor` keep what the handler of Ctrl-C raises, which ends the build.
+
+    Python calls that handler in the main thread as soon as it runs Python there: when the builder calls the monitor,
+    and before the first line of that. What it raises there is lost in the builder, whose code is not Python's.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def keep(number: int, frame: FrameType | None) -> None:
+        try:
+            handler(number, frame)
+        except BaseException as error:
+            monitor.raised = error
+
+    signal.signal(signal.SIGINT, keep)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is keep:  # and not what the handler may have put there
+            signal.signal(signal.SIGINT, handler)
 
 
 def _made(thing: Any, logger: Any, what: str) -> Any:
