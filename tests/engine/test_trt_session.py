@@ -69,12 +69,12 @@ def test_a_plan_of_other_options_is_used_and_never_rebuilt_without_them(tmp_path
     cache = PlanCache(tmp_path / "plans")
     key = {"graph": "a" * 64, "options": {"optimization_level": None}}
     other = key | {"options": {"optimization_level": 5}}
-    assert kept_or_built(cache, key, lambda: b"by default") == (key, b"by default")
+    assert kept_or_built(cache, key, lambda: b"by default", capability="8.0") == (key, b"by default")
     cache.get(other, lambda: b"chosen")
-    assert kept_or_built(cache, key, lambda: b"") == (other, b"chosen")
+    assert kept_or_built(cache, key, lambda: b"", capability="8.0") == (other, b"chosen")
     (plan,) = (plan for plan in cache.folder.glob("*.plan") if b"chosen" in plan.read_bytes())
     plan.write_bytes(plan.read_bytes().replace(b"chosen", b"broken"))
-    assert kept_or_built(cache, key, lambda: b"") == (key, b"by default")
+    assert kept_or_built(cache, key, lambda: b"", capability="8.0") == (key, b"by default")
     assert cache.list_keys() == [key]
 
 
@@ -100,6 +100,12 @@ TURING = {"name": "T4", "compute_capability": "7.5"}
         ({"hardware_compatibility": "same-compute-capability"}, {"gpu": ADA}, False),
         ({"hardware_compatibility": "ampere-plus"}, {"flavour": "tensorrt-rtx", "version": "1.7", "gpu": None}, False),
         ({"version_compatible": True}, {"flavour": "inductor", "version": None, "torch": "2.13.0"}, False),
+        # The GPU here has 8.0; of TensorRT-RTX the options alone say what a plan is for.
+        ({"compute_capabilities": []}, {}, True),
+        ({"compute_capabilities": ["8.0"]}, {}, True),
+        ({"compute_capabilities": ["7.5", "8.0"]}, {}, True),
+        ({"compute_capabilities": ["12.0"]}, {}, False),
+        ({"compute_capabilities": ["8.6", "8.9"]}, {}, False),
     ],
 )
 def test_a_plan_serves_where_it_was_built_to(
@@ -110,7 +116,10 @@ def test_a_plan_serves_where_it_was_built_to(
     key |= {"options": options}
     cache.get(key, lambda: b"portable")
     wanted = key | {"options": {}} | changes
-    assert kept_or_built(cache, wanted, lambda: b"own") == ((key, b"portable") if serves else (wanted, b"own"))
+    used = kept_or_built(cache, wanted, lambda: b"own", capability="8.0")
+    assert used == ((key, b"portable") if serves else (wanted, b"own"))
+    # What does not serve here is left to where it does.
+    assert cache.find(key) == b"portable"
 
 
 @pytest.mark.parametrize("module", ["tensorrt_lean_bindings", "tensorrt_rtx"])
