@@ -154,7 +154,7 @@ def package_key(
         "program": program,
         "flavour": "inductor",
         "version": torch.__version__,
-        "compiler": [file_sha256(Path(file)) for file in (__file__, inductor_cpu.__file__)],
+        "compiler": compiler_version(),
         "gpu": gpu_identity(device) if device.type == "cuda" else None,
         "cpu": {"name": name, "features": sorted(key for key, value in capabilities.items() if value is True)},
         "precision": precision,
@@ -162,6 +162,11 @@ def package_key(
         # Some of a GPU's kernels are compiled with them; the others look at them when they run.
         "options": {"fp32": fp32_settings("cuda")} if device.type == "cuda" else {},
     }
+
+
+def compiler_version() -> list[str]:
+    """Return what identifies the code here that calls inductor, which a compiled program is kept under."""
+    return [file_sha256(Path(file)) for file in (__file__, inductor_cpu.__file__)]
 
 
 def has_bfloat16(device: torch.device) -> bool:

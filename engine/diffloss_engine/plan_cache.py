@@ -15,7 +15,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from filelock import BaseFileLock, FileLock, Timeout
@@ -36,6 +36,14 @@ Plan = bytes | memoryview
 
 
 def default_folder() -> Path:
+class KeptPlan(NamedTuple):
+    """A plan in the cache: its key, its file, and that file's size in bytes."""
+
+    key: dict[str, Any]
+    path: Path
+    bytes: int
+
+
     """Return $DIFFLOSS_CACHE, or else diffloss-trt in the user's cache folder. Raises InputError if there is none."""
     chosen = os.environ.get("DIFFLOSS_CACHE")
     try:
@@ -91,13 +99,18 @@ class PlanCache:
                 if kept is not None and hashlib.sha256(kept).digest() == hashlib.sha256(plan).digest():
                     self._set_aside(key, reason)
 
-    def list_keys(self) -> list[dict[str, Any]]:
-        """Return the keys of what is there, the latest first; the plans themselves are not read."""
+    def list_plans(self) -> list[KeptPlan]:
+        """Return what is there, the latest first; the plans themselves are not read."""
         found = []
         for path in self.folder.glob("*.plan"):
             with contextlib.suppress(BundleError, OSError), path.open("rb") as file:
-                found.append((os.fstat(file.fileno()).st_mtime_ns, _read_header(file.readline(_LONGEST_HEADER))["key"]))
-        return [key for _, key in sorted(found, key=lambda entry: entry[0], reverse=True)]
+                status, key = os.fstat(file.fileno()), _read_header(file.readline(_LONGEST_HEADER))["key"]
+                found.append((status.st_mtime_ns, KeptPlan(key, path, status.st_size)))
+        return [plan for _, plan in sorted(found, key=lambda entry: entry[0], reverse=True)]
+
+    def list_keys(self) -> list[dict[str, Any]]:
+        """Return the keys of `list_plans`."""
+        return [plan.key for plan in self.list_plans()]
 
     def _path(self, key: Key, suffix: str) -> Path:
         text = json.dumps(key, sort_keys=True, allow_nan=False)

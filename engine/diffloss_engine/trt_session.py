@@ -229,7 +229,7 @@ def plan_key(
         "graph": digest,
         "flavour": flavour,
         "version": trt.__version__,
-        "builder": file_sha256(Path(trt_build.__file__)),
+        "builder": builder_version(),
         "gpu": gpu,
         "precision": precision,
         "inputs": [spec.to_json() for spec in inputs],
