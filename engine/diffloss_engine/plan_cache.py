@@ -22,6 +22,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from diffloss_engine.errors import BundleError, InputError
 from diffloss_engine.hashed_files import flush_to_disk
+from diffloss_engine.progress import shown
 from diffloss_engine.strict_json import expect, expect_object, expect_positive, parse_json
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,6 @@ Key = Mapping[str, Any]
 Plan = bytes | memoryview
 
 
-def default_folder() -> Path:
 class KeptPlan(NamedTuple):
     """A plan in the cache: its key, its file, and that file's size in bytes."""
 
@@ -44,6 +44,7 @@ class KeptPlan(NamedTuple):
     bytes: int
 
 
+def default_folder() -> Path:
     """Return $DIFFLOSS_CACHE, or else diffloss-trt in the user's cache folder. Raises InputError if there is none."""
     chosen = os.environ.get("DIFFLOSS_CACHE")
     try:
@@ -142,8 +143,10 @@ class PlanCache:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                logger.info("another process is at work on the same plan: waiting for it")
-                lock.acquire()
+                what = "another process is at work on the same plan: waiting for it"
+                logger.info(what)
+                with shown(what):
+                    lock.acquire()
         except OSError as error:
             # Of a disk that is full or cannot be written, or that has no locks.
             obstacle = error

@@ -87,8 +87,13 @@ def compile_bundle(
     cache, evaluator = cache or PlanCache(), FusedEvaluator(bundle, "inductor", device)
 
     def build(name: str) -> BuiltPlan:
-        on_stage(f"compiling the {name} graph")
-        return _timed(name, cache, *evaluator.package(name))
+        key, compile_graph = evaluator.package(name)
+
+        def make() -> Plan:
+            on_stage(f"compiling the {name} graph")
+            return compile_graph()
+
+        return _timed(name, cache, key, make)
 
     return [build(name) for name in names]
 
@@ -101,11 +106,6 @@ def compiled_graphs(bundle: Bundle) -> Sequence[str]:
     return names
 
 
-def _timed(name: str, cache: PlanCache, key: Key, make: Callable[[], Plan]) -> BuiltPlan:
-    """Have the plan of a graph made unless it is in the cache, and say how long that took."""
-    seconds = None
-
-    def build() -> Plan:
 def kept_plans(bundle: Bundle) -> dict[str, list[dict[str, Any]]]:
     """Return what the user's cache has for each graph of a bundle, the latest first, as JSON values.
 
@@ -130,6 +130,11 @@ def _is_outdated(key: Key) -> bool:
     return key.get("builder") != builder_version()
 
 
+def _timed(name: str, cache: PlanCache, key: Key, make: Callable[[], Plan]) -> BuiltPlan:
+    """Have the plan of a graph made unless it is in the cache, and say how long that took."""
+    seconds = None
+
+    def build() -> Plan:
         nonlocal seconds
         started = time.perf_counter()
         plan = make()

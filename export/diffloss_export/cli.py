@@ -489,7 +489,7 @@ def _explain(args: argparse.Namespace) -> int:
 @contextmanager
 def _stages() -> Iterator[Callable[[str], None]]:
     """Show on stderr the step that runs and for how long; on a terminal in a line that goes away."""
-    from diffloss_engine.progress import spinner, stderr_console
+    from diffloss_engine.progress import line, spinner, stderr_console, waits_shown_by
 
     started = time.monotonic()
     # What libraries warn about their own insides is not for the user of a command.
@@ -501,9 +501,15 @@ def _stages() -> Iterator[Callable[[str], None]]:
                 check_interrupt()
                 print(f"[{time.monotonic() - started:6.1f} s] {stage}", file=sys.stderr, flush=True)
 
-            yield tell
+            @contextmanager
+            def tell_wait(what: str) -> Iterator[None]:
+                tell(what)
+                yield
+
+            with waits_shown_by(tell_wait):
+                yield tell
             return
-        with spinner() as progress:
+        with spinner() as progress, waits_shown_by(line):
             task = progress.add_task("starting", total=None)
 
             def show(stage: str) -> None:

@@ -7,12 +7,16 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from plan_traffic import kernels
 
 from diffloss_engine import BackendError
@@ -163,6 +167,28 @@ def test_plans_that_other_code_made_are_marked(
         assert line.endswith(f": {plan['path']}")
         assert ", 1.0 MiB" in line
         assert (", made by another version of this package and not used: " in line) is plan["outdated"]
+
+
+def test_waiting_for_another_process_is_said(bundle: Bundle, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    """It may take as long as a build."""
+    arguments = ["build", str(bundle.path), "--backend", RTX, "--compute-capability", "8.9"]
+    assert main(arguments) == 0
+    assert "waiting" not in capsys.readouterr().err
+    held = threading.Event()
+
+    def build() -> None:
+        with ExitStack() as locks:
+            for path in folder.glob("*.lock"):
+                locks.enter_context(FileLock(path))
+            held.set()
+            time.sleep(0.5)
+
+    another = threading.Thread(target=build)
+    another.start()
+    assert held.wait(60)
+    assert main(arguments) == 0
+    another.join()
+    assert "] another process is at work on the same plan: waiting for it\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
