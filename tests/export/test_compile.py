@@ -41,7 +41,7 @@ def test_command(exported: Callable[..., Exported], capsys: pytest.CaptureFixtur
     assert not any(plan["outdated"] for found in plans.values() for plan in found)
 
     assert main(["verify", path, "--backend", "inductor", "--device", "cpu"]) == 0
-    assert "compiled by" in capsys.readouterr().out
+    assert "gradient, run by inductor" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
