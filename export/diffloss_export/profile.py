@@ -31,8 +31,9 @@ def profile_bundle(
     """
     if runs < 1:
         raise InputError(f"the number of runs is {runs}; expected at least 1")
-    import_driver()
+    driver = import_driver()
     import_flavour(flavour)
+    capability = ".".join(map(str, driver.Device(0).compute_capability()))
     cache, profiles = PlanCache(), {}
     for name, graph in bundle.graphs.items():
         on_stage(f"building the {name} graph, unless that has been done")
@@ -46,7 +47,7 @@ def profile_bundle(
             torch.device("cuda", 0),
         )
         build = functools.partial(build_plan, file, flavour=flavour, precision=bundle.precision)
-        _, plan = kept_or_built(cache, key, build)
+        _, plan = kept_or_built(cache, key, build, capability=capability)
         on_stage(f"running the {name} graph")
         profiles[name] = profile_plan(plan, flavour=flavour, runs=runs)
     return profiles
