@@ -442,12 +442,12 @@ def _print_profiles(profiles: dict[str, Profile]) -> None:
     from rich.text import Text
 
     from diffloss_engine.trt_profile import largest
-    from diffloss_export.profile import PERCENTILES
+    from diffloss_export.profile import PERCENTILES, SHOWN
 
     for name, found in profiles.items():
         percentiles = ", ".join(f"p{percent} {found.percentile(percent):.3f}" for percent in PERCENTILES)
         table = Table("layer", "ms", title=f"{name}, ms a run: {percentiles}")
-        for layer, ms in largest(found.layers, 20):
+        for layer, ms in largest(found.layers, SHOWN):
             table.add_row(Text(layer), f"{ms:.3f}")
         Console().print(table)
 

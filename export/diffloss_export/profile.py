@@ -18,7 +18,7 @@ from diffloss_engine.trt_session import kept_or_built, plan_key
 from diffloss_export.pictures import check_place, write_picture
 
 PERCENTILES = (50, 90, 99)
-_SHOWN = 20
+SHOWN = 20
 
 
 def profile_bundle(
@@ -73,7 +73,7 @@ def draw(profiles: dict[str, Profile], picture: Path) -> None:
     figure = figure_class(figsize=(10, 4.5 * len(profiles)), layout="constrained")
     rows = figure.subplots(len(profiles), squeeze=False)[:, 0]
     for axes, (name, profile) in zip(rows, profiles.items(), strict=True):
-        bars = largest(profile.layers, _SHOWN)
+        bars = largest(profile.layers, SHOWN)
         axes.barh([_shortened(layer) for layer, _ in bars], [ms for _, ms in bars])
         axes.invert_yaxis()
         axes.set_xlabel("ms")

@@ -48,11 +48,6 @@ class Row:
         """Whether the error is a number within the tolerance."""
         return self.error <= self.tolerance
 
-    @property
-    def excess(self) -> float:
-        """The error as a multiple of the tolerance."""
-        return self.error / self.tolerance if self.tolerance else math.inf
-
 
 @dataclass
 class Report:
@@ -65,7 +60,7 @@ class Report:
     @property
     def worst(self) -> Row:
         """The comparison that is nearest to its tolerance, or furthest beyond it."""
-        return max(self.rows, key=lambda row: (not row.passed, row.excess))
+        return max(self.rows, key=lambda row: (not row.passed, row.error / row.tolerance))
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values; an error that is no finite number is null."""
