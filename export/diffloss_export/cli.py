@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FAILED_CHECK, WRONG_INPUT = 1, 2
 _ENDED_BY = 128  # and the number of a signal, as shells say it
+_MOST_WORKSPACE = (2**63 - 1) // 2**20  # in MiB: TensorRT takes bytes, in 64 bits
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -287,6 +288,8 @@ def _build(args: argparse.Namespace) -> int:
     from diffloss_export.build import build_bundle, compile_bundle
     from diffloss_trt.inputs import choose_device
 
+    if args.workspace is not None and not 1 <= args.workspace <= _MOST_WORKSPACE:
+        raise InputError(f"--workspace is {args.workspace} MiB; expected 1 to {_MOST_WORKSPACE}")
     options = BuildOptions(
         workspace_bytes=None if args.workspace is None else args.workspace * 2**20,
         optimization_level=args.optimization_level,
