@@ -458,8 +458,8 @@ def _print_profiles(profiles: dict[str, Profile]) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     from diffloss_export.doctor import examine, print_report
 
-    with _lasting_interrupt():
-        report = examine(args.bundle)
+    with _lasting_interrupt() as check_interrupt:
+        report = examine(args.bundle, _stage_lines(check_interrupt))
     if args.json:
         print(json.dumps(report, indent=2))
     else:
@@ -507,17 +507,11 @@ def _stages() -> Iterator[Callable[[str], None]]:
     """Show on stderr the step that runs and for how long; on a terminal in a line that goes away."""
     from diffloss_engine.progress import spinner, stderr_console
 
-    started = time.monotonic()
     # What libraries warn about their own insides is not for the user of a command.
     with warnings.catch_warnings(), _lasting_interrupt() as check_interrupt:
         warnings.simplefilter("ignore")
         if not stderr_console().is_terminal:
-
-            def tell(stage: str) -> None:
-                check_interrupt()
-                print(f"[{time.monotonic() - started:6.1f} s] {stage}", file=sys.stderr, flush=True)
-
-            yield tell
+            yield _stage_lines(check_interrupt)
             return
         with spinner() as progress:
             task = progress.add_task("starting", total=None)
@@ -527,6 +521,17 @@ def _stages() -> Iterator[Callable[[str], None]]:
                 progress.update(task, description=stage)
 
             yield show
+
+
+def _stage_lines(check_interrupt: Callable[[], None]) -> Callable[[str], None]:
+    """Return what prints a line on stderr for each step that begins, with the seconds since now."""
+    started = time.monotonic()
+
+    def tell(stage: str) -> None:
+        check_interrupt()
+        print(f"[{time.monotonic() - started:6.1f} s] {stage}", file=sys.stderr, flush=True)
+
+    return tell
 
 
 @contextmanager
