@@ -415,7 +415,8 @@ def _bench(args: argparse.Namespace) -> int:
     print(f"{result['device']}, torch {result['torch']}, batch {bundle.batch_size}, value and gradient of one step:")
     for row in result["rows"]:
         memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**20:8.0f} MiB"
-        print(f"  {row['name']:48} {row['median_ms']:9.1f} ms  {row['speedup_vs_eager']:5.2f}x {memory}")
+        speedup = "" if row["speedup_vs_eager"] is None else f"{row['speedup_vs_eager']:5.2f}x"
+        print(f"  {row['name']:48} {row['median_ms']:9.1f} ms  {speedup:6} {memory}")
     for note in result["notes"]:
         print(f"note: {note}")
     return 0
