@@ -237,7 +237,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BUNDLE",
         help="whose loss to use (default: the built-in prior's, in eager PyTorch)",
     )
-    explain.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     explain.add_argument(
         "--naturalness-weight", type=float, metavar="W", help="weight of the naturalness term (default: 1e-3)"
     )
@@ -271,6 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     automatic = {
         verify: "ONNX Runtime, or PyTorch for a bf16 bundle on a CPU",
         bench: "the first that works here",
+        explain: "the first that works here",
     }
     for command, chosen in automatic.items():
         command.add_argument(
@@ -543,7 +543,7 @@ def _explain(args: argparse.Namespace) -> int:
         on_stage("loading")
         weights = {"naturalness_weight": args.naturalness_weight, "semantic_weight": args.semantic_weight}
         given = {name: weight for name, weight in weights.items() if weight is not None}
-        loss, tile = load_loss(bundle, device=choose_device(args.device), **given)
+        loss, tile = load_loss(bundle, backend=args.backend, device=choose_device(args.device), **given)
         explanation = explain(loss, restored, target, tile=tile, draws=args.draws, seed=args.seed, on_stage=on_stage)
     if args.json:
         print(json.dumps(to_json(explanation), indent=2))
