@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import InputError, MissingPackageError
+from diffloss_engine.errors import BackendUnavailableError, InputError, MissingPackageError, first_line
 from diffloss_engine.plan_cache import PlanCache
 from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour
 from diffloss_engine.trt_profile import Profile, import_driver, largest, profile_plan
@@ -26,13 +26,14 @@ def profile_bundle(
 ) -> dict[str, Profile]:
     """Run the plan of each graph, building it if it is not in the user's cache; by the graph's name.
 
-    Raises BackendUnavailableError where there is no GPU, PyCUDA or TensorRT, InputError if `runs` is below 1, and as
-    `build_plan` and `profile_plan` do.
+    Raises BackendUnavailableError where there is no GPU, PyCUDA or TensorRT, or no PyTorch that can use the GPU, which
+    TensorRT-RTX does without; InputError if `runs` is below 1; and as `build_plan` and `profile_plan` do.
     """
     if runs < 1:
         raise InputError(f"the number of runs is {runs}; expected at least 1")
     import_driver()
     import_flavour(flavour)
+    gpu = _first_gpu() if flavour == "tensorrt" else None
     cache, profiles = PlanCache(), {}
     for name, graph in bundle.graphs.items():
         on_stage(f"building the {name} graph, unless that has been done")
@@ -43,13 +44,28 @@ def profile_bundle(
             bundle.precision,
             graph.inputs,
             BuildOptions(),
-            torch.device("cuda", 0),
+            gpu,
         )
         build = functools.partial(build_plan, file, flavour=flavour, precision=bundle.precision)
         _, plan = kept_or_built(cache, key, build)
         on_stage(f"running the {name} graph")
         profiles[name] = profile_plan(plan, flavour=flavour, runs=runs)
     return profiles
+
+
+def _first_gpu() -> torch.device:
+    """Return the GPU that PyCUDA uses, by whose name TensorRT's plans are kept: PyTorch is asked for that.
+
+    Raises BackendUnavailableError if PyTorch cannot use it.
+    """
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch is built for CPUs
+        raise BackendUnavailableError(
+            f"a profile of tensorrt needs a PyTorch that can use the GPU, and PyTorch {torch.__version__} cannot: "
+            f"{first_line(error)}; docs/gpu.md says what to install"
+        ) from error
+    return torch.device("cuda", 0)
 
 
 def to_json(profiles: dict[str, Profile]) -> dict[str, Any]:
