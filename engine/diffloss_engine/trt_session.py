@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour, 
 from diffloss_engine.trt_precision import check_engine
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # In TensorRT's names.
 _DTYPES = {
@@ -161,11 +163,7 @@ def open_plan(
     cache = PlanCache()
     key = plan_key(flavour, digest, precision, inputs, BuildOptions(), device)
 
-    built = False
-
     def build() -> memoryview:
-        nonlocal built
-        built = True
         check_gpu(flavour)  # before minutes are spent
         torch.cuda.empty_cache()  # the builder leaves out what does not fit into what is free
         with long_wait(f"building a plan of {graph_file} with {flavour}"):
@@ -175,15 +173,7 @@ def open_plan(
         return TrtSession(plan, inputs, outputs, flavour=flavour, device=device, precision=precision)
 
     with torch.cuda.device(device):
-        while True:
-            used, plan = kept_or_built(cache, key, build)
-            try:
-                return load(plan)
-            except RefusedPlanError as error:
-                if built:
-                    raise
-                # What a plan can come to depend on beyond its key is the driver; then all that are kept are refused.
-                cache.reject(used, plan, str(error))
+        return open_kept_or_built(cache, key, build, load)
 
 
 def check_gpu(flavour: str) -> None:
@@ -234,6 +224,29 @@ def plan_key(
         "inputs": [spec.to_json() for spec in inputs],
         "options": options.to_json(),
     }
+
+
+def open_kept_or_built(cache: PlanCache, key: Key, build: Callable[[], Plan], load: Callable[[Plan], T]) -> T:
+    """Return what `load` makes of the plan that `kept_or_built` gives; one that it refuses is set aside for the next.
+
+    Raises RefusedPlanError if `load` refuses the plan that was built now.
+    """
+    built = False
+
+    def build_now() -> Plan:
+        nonlocal built
+        built = True
+        return build()
+
+    while True:
+        used, plan = kept_or_built(cache, key, build_now)
+        try:
+            return load(plan)
+        except RefusedPlanError as error:
+            if built:
+                raise
+            # What a plan can come to depend on beyond its key is the driver; then all that are kept are refused.
+            cache.reject(used, plan, str(error))
 
 
 def kept_or_built(cache: PlanCache, key: Key, build: Callable[[], Plan]) -> tuple[Key, Plan]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BackendUnavailableError, InputError, MissingPackageError, first_line
-from diffloss_engine.plan_cache import PlanCache
+from diffloss_engine.plan_cache import Plan, PlanCache
 from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour
 from diffloss_engine.trt_profile import Profile, import_driver, largest, profile_plan
-from diffloss_engine.trt_session import kept_or_built, plan_key
+from diffloss_engine.trt_session import open_kept_or_built, plan_key
 from diffloss_export.pictures import check_place, write_picture
 
 PERCENTILES = (50, 90, 99)
@@ -26,31 +26,31 @@ def profile_bundle(
 ) -> dict[str, Profile]:
     """Run the plan of each graph, building it if it is not in the user's cache; by the graph's name.
 
-    Raises BackendUnavailableError where there is no GPU, PyCUDA or TensorRT, or no PyTorch that can use the GPU, which
-    TensorRT-RTX does without; InputError if `runs` is below 1; and as `build_plan` and `profile_plan` do.
+    A plan that is kept and refused is set aside, and built anew. Raises BackendUnavailableError where there is no GPU,
+    PyCUDA or TensorRT, or no PyTorch that can use the GPU, which TensorRT-RTX does without; InputError if `runs` is
+    below 1; and as `build_plan` and `profile_plan` do.
     """
     if runs < 1:
         raise InputError(f"the number of runs is {runs}; expected at least 1")
     import_driver()
     import_flavour(flavour)
     gpu = _first_gpu() if flavour == "tensorrt" else None
-    cache, profiles = PlanCache(), {}
-    for name, graph in bundle.graphs.items():
+    cache = PlanCache()
+
+    def profile(name: str) -> Profile:
         on_stage(f"building the {name} graph, unless that has been done")
-        file = bundle.graph_file(name)
-        key = plan_key(
-            flavour,
-            bundle.graph_digest(name),
-            bundle.precision,
-            graph.inputs,
-            BuildOptions(),
-            gpu,
+        file, inputs = bundle.graph_file(name), bundle.graphs[name].inputs
+        key = plan_key(flavour, bundle.graph_digest(name), bundle.precision, inputs, BuildOptions(), gpu)
+
+        def run(plan: Plan) -> Profile:
+            on_stage(f"running the {name} graph")
+            return profile_plan(plan, inputs=inputs, flavour=flavour, runs=runs)
+
+        return open_kept_or_built(
+            cache, key, partial(build_plan, file, flavour=flavour, precision=bundle.precision), run
         )
-        build = functools.partial(build_plan, file, flavour=flavour, precision=bundle.precision)
-        _, plan = kept_or_built(cache, key, build)
-        on_stage(f"running the {name} graph")
-        profiles[name] = profile_plan(plan, flavour=flavour, runs=runs)
-    return profiles
+
+    return {name: profile(name) for name in bundle.graphs}
 
 
 def _first_gpu() -> torch.device:
