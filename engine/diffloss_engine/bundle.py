@@ -68,12 +68,15 @@ class Bundle:
                 raise BundleError(
                     f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist; {_MADE}"
                 )
+            # Before anything is listed: it may be somebody's whole project, or home.
+            (folder / MANIFEST).lstat()
+        except FileNotFoundError as error:
+            raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; {_MADE}") from error
         # Of a home that is not known, or a path that is too long.
         except (OSError, RuntimeError) as error:
             raise BundleError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
         on_disk = list_files(folder)
-        if on_disk.pop(MANIFEST, None) is None:
-            raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; {_MADE}")
+        on_disk.pop(MANIFEST, None)
         try:
             manifest = Manifest.from_json(strict_json.read_json(folder / MANIFEST))
         except IntegrityError as error:
@@ -119,7 +122,8 @@ class Bundle:
         """The path of a graph's ONNX file, once everything that a runtime would read for it has been verified.
 
         That is the file itself, its weights, and where its external data points. Raises BundleError if there is no
-        such graph or it refers to data outside its weights, IntegrityError if a file is missing or was altered.
+        such graph, it refers to data outside its weights, or it has operations that are not ONNX's own; IntegrityError
+        if a file is missing or was altered.
         """
         graph = self.graphs.get(name)
         if graph is None:

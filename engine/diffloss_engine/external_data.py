@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 
 _KEYS = frozenset({"location", "offset", "length", "checksum"})
+# The two names of ONNX's own operations.
+_DOMAINS = ("", "ai.onnx")
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,10 @@ class ExternalData:
 
 
 def read_external_data(graph_file: Path) -> list[ExternalData]:
-    """List every reference of an ONNX file to external data, subgraphs and functions included.
+    """List every reference of an ONNX file to external data, subgraphs included.
 
-    The data itself is not read. Raises BundleError if the file is not ONNX or has a reference that cannot be read.
+    The data itself is not read. Raises BundleError if the file is not ONNX, has a reference that cannot be read, or
+    asks for anything but ONNX's own operations: those of a runtime do more than compute.
     """
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -43,13 +46,14 @@ def read_external_data(graph_file: Path) -> list[ExternalData]:
     # An empty file is a valid, empty message.
     if not model.HasField("graph"):
         raise BundleError(f"{graph_file} cannot be read as an ONNX file: it has no graph")
-    tensors = list(_graph_tensors(model.graph))
-    for function in model.functions:
-        tensors += _node_tensors(function.node)
-        # Defaults of a function's attributes.
-        tensors += _attribute_tensors(function.attribute_proto)
-    external = onnx.TensorProto.EXTERNAL
-    return [_external_data(tensor) for tensor in tensors if tensor.data_location == external]
+    try:
+        # No export writes any, and ONNX Runtime's TensorRT provider knows its own operation by the name alone.
+        if model.functions:
+            raise BundleError(f"it defines the function {model.functions[0].name!r}; expected no functions")
+        external = onnx.TensorProto.EXTERNAL
+        return [_external_data(tensor) for tensor in _graph_tensors(model.graph) if tensor.data_location == external]
+    except BundleError as error:
+        raise BundleError(f"{graph_file}: {error}") from error
 
 
 def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
@@ -61,6 +65,11 @@ def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
 
 def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
     for node in nodes:
+        # For example EPContext, of com.microsoft: it brings an engine of TensorRT with it, which is machine code.
+        if node.domain not in _DOMAINS:
+            raise BundleError(
+                f"node {node.name!r} is the operation {node.op_type!r} of {node.domain!r}; expected ONNX's own alone"
+            )
         yield from _attribute_tensors(node.attribute)
 
 

@@ -17,6 +17,7 @@ from diffloss_engine.exclusive import exclusive
 from diffloss_engine.forking import ProcessLock, unforked
 from diffloss_engine.fp32_precision import fp32_settings, settings_for_export
 from diffloss_engine.hashed_files import file_sha256
+from diffloss_engine.memory import memory_advice
 from diffloss_engine.plan_cache import PlanCache, gpu_identity
 from diffloss_engine.progress import long_wait
 from diffloss_engine.tensors import TensorSpec, on_device
@@ -78,31 +79,54 @@ def open_compiled(
 ) -> TorchSession:
     """Return a session on a compiled program: the one in the user's cache, or what `build` makes now.
 
-    Raises as `compile_program` and `PlanCache.get` do, and BackendUnavailableError if it cannot be loaded.
+    One from the cache that cannot be loaded is set aside. Raises as `compile_program` and `PlanCache.get` do, and
+    BackendUnavailableError if what was made now cannot be loaded either.
     """
+    cache, built = PlanCache(), False
 
     def tell_and_build() -> bytes:
+        nonlocal built
+        built = True
         with long_wait("compiling a program with inductor"):
             return build()
 
-    package = PlanCache().get(key, tell_and_build)
-    try:
-        with unforked():
-            from torch._inductor import aoti_load_package
+    def load() -> Callable[..., Any] | None:
+        """Return the program, or None if it was set aside."""
+        package = cache.get(key, tell_and_build)
+        try:
+            with TemporaryDirectory() as scratch:
+                path = Path(scratch) / "program.pt2"
+                path.write_bytes(package)
+                del package  # as large as the weights, twice
+                try:
+                    return _load(path, device)
+                except RuntimeError as error:
+                    if built or memory_advice(error, inputs):
+                        raise
+                    # What it depends on beyond its key is the system: another C library, for example.
+                    cache.reject(key, path.read_bytes(), f"it cannot be loaded: {first_line(error)}")
+                    return None
+        # Also inductor wants a place for temporary files, when it is imported.
+        except (RuntimeError, OSError) as error:
+            raise BackendUnavailableError(f"a program compiled by inductor cannot be loaded: {error}") from error
 
-        with TemporaryDirectory() as scratch:
-            path = Path(scratch) / "program.pt2"
-            path.write_bytes(package)
-            del package  # as large as the weights, twice
-            # Otherwise each call asks, and waits, whether the one before has finished, which no CUDA graph can capture.
-            single = device.type == "cuda"
-            index = -1 if device.index is None else device.index
-            with on_device(device):  # loading makes it the current one
-                run = aoti_load_package(str(path), run_single_threaded=single, device_index=index)
-    # Also inductor wants a place for temporary files, when it is imported.
-    except (RuntimeError, OSError) as error:
-        raise BackendUnavailableError(f"a program compiled by inductor cannot be loaded: {error}") from error
-    return TorchSession(_one_at_a_time(run) if single else run, inputs, outputs, device, backend="inductor")
+    while (run := load()) is None:
+        pass
+    if device.type == "cuda":
+        run = _one_at_a_time(run)
+    return TorchSession(run, inputs, outputs, device, backend="inductor")
+
+
+def _load(path: Path, device: torch.device) -> Callable[..., Any]:
+    """Load a compiled program. Raises RuntimeError, or OSError, if that fails."""
+    with unforked():
+        from torch._inductor import aoti_load_package
+
+    # Otherwise each call asks, and waits, whether the one before has finished, which no CUDA graph can capture.
+    single = device.type == "cuda"
+    index = -1 if device.index is None else device.index
+    with on_device(device):  # loading makes it the current one
+        return aoti_load_package(str(path), run_single_threaded=single, device_index=index)
 
 
 def _one_at_a_time(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,7 +154,7 @@ def package_key(
         "program": program,
         "flavour": "inductor",
         "version": torch.__version__,
-        "compiler": [file_sha256(Path(file)) for file in (__file__, inductor_cpu.__file__)],
+        "compiler": compiler_version(),
         "gpu": gpu_identity(device) if device.type == "cuda" else None,
         "cpu": {"name": name, "features": sorted(key for key, value in capabilities.items() if value is True)},
         "precision": precision,
@@ -138,6 +162,11 @@ def package_key(
         # Some of a GPU's kernels are compiled with them; the others look at them when they run.
         "options": {"fp32": fp32_settings("cuda")} if device.type == "cuda" else {},
     }
+
+
+def compiler_version() -> list[str]:
+    """Return what identifies the code here that calls inductor, which a compiled program is kept under."""
+    return [file_sha256(Path(file)) for file in (__file__, inductor_cpu.__file__)]
 
 
 def has_bfloat16(device: torch.device) -> bool:

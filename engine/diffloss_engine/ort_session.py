@@ -222,6 +222,8 @@ def session_options(runtime: ModuleType) -> onnxruntime.SessionOptions:
     options.inter_op_num_threads = 1
     # Spinning threads would steal cores from data loaders (docs/design.md).
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # A file called *.ort would be read as another format than the one in which it was looked through.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     # One block planned for all activations of a gradient graph was half as large again as the arena that hands them out
     # one by one, and no faster (benchmarks/design.py; ONNX Runtime 1.32, CPU).
     options.enable_mem_pattern = False

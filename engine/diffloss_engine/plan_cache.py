@@ -15,13 +15,14 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from filelock import BaseFileLock, FileLock, Timeout
 
 from diffloss_engine.errors import BundleError, InputError
 from diffloss_engine.hashed_files import flush_to_disk
+from diffloss_engine.progress import shown
 from diffloss_engine.strict_json import expect, expect_object, expect_positive, parse_json
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,14 @@ _LONGEST_HEADER = 64 * 1024
 
 Key = Mapping[str, Any]
 Plan = bytes | memoryview
+
+
+class KeptPlan(NamedTuple):
+    """A plan in the cache: its key, its file, and that file's size in bytes."""
+
+    key: dict[str, Any]
+    path: Path
+    bytes: int
 
 
 def default_folder() -> Path:
@@ -91,13 +100,18 @@ class PlanCache:
                 if kept is not None and hashlib.sha256(kept).digest() == hashlib.sha256(plan).digest():
                     self._set_aside(key, reason)
 
-    def list_keys(self) -> list[dict[str, Any]]:
-        """Return the keys of what is there, the latest first; the plans themselves are not read."""
+    def list_plans(self) -> list[KeptPlan]:
+        """Return what is there, the latest first; the plans themselves are not read."""
         found = []
         for path in self.folder.glob("*.plan"):
             with contextlib.suppress(BundleError, OSError), path.open("rb") as file:
-                found.append((os.fstat(file.fileno()).st_mtime_ns, _read_header(file.readline(_LONGEST_HEADER))["key"]))
-        return [key for _, key in sorted(found, key=lambda entry: entry[0], reverse=True)]
+                status, key = os.fstat(file.fileno()), _read_header(file.readline(_LONGEST_HEADER))["key"]
+                found.append((status.st_mtime_ns, KeptPlan(key, path, status.st_size)))
+        return [plan for _, plan in sorted(found, key=lambda entry: entry[0], reverse=True)]
+
+    def list_keys(self) -> list[dict[str, Any]]:
+        """Return the keys of `list_plans`."""
+        return [plan.key for plan in self.list_plans()]
 
     def _path(self, key: Key, suffix: str) -> Path:
         text = json.dumps(key, sort_keys=True, allow_nan=False)
@@ -129,8 +143,10 @@ class PlanCache:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                logger.info("another process is at work on the same plan: waiting for it")
-                lock.acquire()
+                what = "another process is at work on the same plan: waiting for it"
+                logger.info(what)
+                with shown(what):
+                    lock.acquire()
         except OSError as error:
             # Of a disk that is full or cannot be written, or that has no locks.
             obstacle = error

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 logger = logging.getLogger(__name__)
+
+Show = Callable[[str], AbstractContextManager[None]]
+_shows: list[Show] = []
 
 
 @functools.cache
@@ -38,6 +41,32 @@ def long_wait(what: str) -> Iterator[None]:
     if not stderr_console().is_terminal:
         yield
         return
+    with line(what):
+        yield
+
+
+@contextmanager
+def line(what: str) -> Iterator[None]:
+    """Show `what` on the terminal, and for how long, while the block runs."""
     with spinner() as progress:
         progress.add_task(what, total=None)
+        yield
+
+
+@contextmanager
+def waits_shown_by(show: Show) -> Iterator[None]:
+    """While the block runs, a command's, let `show` show to its user what `shown` is called with."""
+    _shows.append(show)
+    try:
+        yield
+    finally:
+        _shows.remove(show)
+
+
+@contextmanager
+def shown(what: str) -> Iterator[None]:
+    """Show what the block waits for, if a command runs. In a training it is usual: all ranks but one do."""
+    with ExitStack() as shows:
+        for show in _shows:
+            shows.enter_context(show(what))
         yield

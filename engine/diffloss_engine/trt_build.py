@@ -8,11 +8,12 @@ import functools
 import importlib
 import logging
 import os
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 from diffloss_engine.errors import BackendError, BackendUnavailableError, InputError
@@ -130,20 +131,24 @@ def _recorder(trt: ModuleType) -> Any:
 
 def make_runtime(trt: ModuleType, logger: Any) -> Any:
     """Return TensorRT's runtime. Raises BackendUnavailableError if the GPU's driver is missing or too old for it."""
-    runtime = _working(trt, trt.Runtime(logger), logger)
+    runtime = _working(trt, trt.Runtime, logger)
     # A plan that runs in later versions brings a runtime of its own. That is code, but so is every plan.
     runtime.engine_host_code_allowed = True
     return runtime
 
 
-def _working(trt: ModuleType, made: Any, logger: Any) -> Any:
-    """Return a runtime or a builder. Raises BackendUnavailableError if it could not be made."""
-    # Then the binding returns an object all the same, and a call of that ends the process; so does its destructor,
-    # which therefore must never run.
-    if logger.failed:
+def _working(trt: ModuleType, kind: Callable[[Any], Any], logger: Any) -> Any:
+    """Return a new runtime or builder. Raises BackendUnavailableError if it cannot be made."""
+    try:
+        made = kind(logger)
+        if not logger.failed:
+            return made
+        # From TensorRT 10.15 to 11.4 the binding returns an object all the same, and a call of that ends the process;
+        # so does its destructor, which therefore must never run.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
-        raise BackendUnavailableError(f"{trt.__name__} {trt.__version__} does not work here: {logger.take()}")
-    return made
+    except TypeError:
+        pass  # In TensorRT 10.14: "factory function returned nullptr". The reason is in the log.
+    raise BackendUnavailableError(f"{trt.__name__} {trt.__version__} does not work here: {logger.take()}")
 
 
 def build_plan(
@@ -167,7 +172,7 @@ def build_plan(
     """
     trt = import_flavour(flavour)
     logger = recording_logger(trt)
-    builder = _working(trt, trt.Builder(logger), logger)
+    builder = _working(trt, trt.Builder, logger)
     network = _parse(trt, builder, logger, graph_file)
     check_network(trt, network, precision)
     config = _made(builder.create_builder_config(), logger, "make a configuration")
@@ -175,7 +180,8 @@ def build_plan(
     timings = None if timing_cache is None else _set_timings(flavour, config, logger, timing_cache)
     monitor = _monitor(trt, on_progress)
     config.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, config)
+    with _interrupts_kept(monitor):
+        plan = builder.build_serialized_network(network, config)
     if monitor.raised is not None:
         raise monitor.raised
     plan = memoryview(_made(plan, logger, f"build a plan of {graph_file.name}"))
@@ -187,7 +193,7 @@ def build_plan(
 def build_addition(trt: ModuleType) -> memoryview:
     """Build a plan that adds a number to itself: the least there is to try a GPU with."""
     logger = recording_logger(trt)
-    builder = _working(trt, trt.Builder(logger), logger)
+    builder = _working(trt, trt.Builder, logger)
     network = _make_network(trt, builder, logger)
     number = network.add_input("number", trt.DataType.FLOAT, (1,))
     network.mark_output(network.add_elementwise(number, number, trt.ElementWiseOperation.SUM).get_output(0))
@@ -312,6 +318,32 @@ def _monitor(trt: ModuleType, on_progress: Progress) -> Any:
                 self.raised = error
 
     return Monitor()
+
+
+@contextlib.contextmanager
+def _interrupts_kept(monitor: Any) -> Iterator[None]:
+    """Let `monitor` keep what the handler of Ctrl-C raises, which ends the build.
+
+    Python calls that handler in the main thread as soon as it runs Python there: when the builder calls the monitor,
+    and before the first line of that. What it raises there is lost in the builder, whose code is not Python's.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def keep(number: int, frame: FrameType | None) -> None:
+        try:
+            handler(number, frame)
+        except BaseException as error:
+            monitor.raised = error
+
+    signal.signal(signal.SIGINT, keep)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is keep:  # and not what the handler may have put there
+            signal.signal(signal.SIGINT, handler)
 
 
 def _made(thing: Any, logger: Any, what: str) -> Any:

@@ -162,6 +162,7 @@ def open_plan(
     device = concrete_device(device)
     cache = PlanCache()
     key = plan_key(flavour, digest, precision, inputs, BuildOptions(), device)
+    capability = gpu_identity(device)["compute_capability"]
 
     def build() -> memoryview:
         check_gpu(flavour)  # before minutes are spent
@@ -173,7 +174,7 @@ def open_plan(
         return TrtSession(plan, inputs, outputs, flavour=flavour, device=device, precision=precision)
 
     with torch.cuda.device(device):
-        return open_kept_or_built(cache, key, build, load)
+        return open_kept_or_built(cache, key, build, load, capability=capability)
 
 
 def check_gpu(flavour: str) -> None:
@@ -218,7 +219,7 @@ def plan_key(
         "graph": digest,
         "flavour": flavour,
         "version": trt.__version__,
-        "builder": file_sha256(Path(trt_build.__file__)),
+        "builder": builder_version(),
         "gpu": gpu,
         "precision": precision,
         "inputs": [spec.to_json() for spec in inputs],
@@ -226,7 +227,14 @@ def plan_key(
     }
 
 
-def open_kept_or_built(cache: PlanCache, key: Key, build: Callable[[], Plan], load: Callable[[Plan], T]) -> T:
+def builder_version() -> str:
+    """Return what identifies the code here that calls TensorRT's builder, which a plan is kept under."""
+    return file_sha256(Path(trt_build.__file__))
+
+
+def open_kept_or_built(
+    cache: PlanCache, key: Key, build: Callable[[], Plan], load: Callable[[Plan], T], *, capability: str
+) -> T:
     """Return what `load` makes of the plan that `kept_or_built` gives; one that it refuses is set aside for the next.
 
     Raises RefusedPlanError if `load` refuses the plan that was built now.
@@ -239,7 +247,7 @@ def open_kept_or_built(cache: PlanCache, key: Key, build: Callable[[], Plan], lo
         return build()
 
     while True:
-        used, plan = kept_or_built(cache, key, build_now)
+        used, plan = kept_or_built(cache, key, build_now, capability=capability)
         try:
             return load(plan)
         except RefusedPlanError as error:
@@ -249,24 +257,29 @@ def open_kept_or_built(cache: PlanCache, key: Key, build: Callable[[], Plan], lo
             cache.reject(used, plan, str(error))
 
 
-def kept_or_built(cache: PlanCache, key: Key, build: Callable[[], Plan]) -> tuple[Key, Plan]:
+def kept_or_built(cache: PlanCache, key: Key, build: Callable[[], Plan], *, capability: str) -> tuple[Key, Plan]:
     """Return the plan that is used for `key`, and its own key: the latest that serves, whatever its options.
 
     If there is none, or it is damaged, the plan of `key` itself, which `build` makes if it has to be made.
+
+    capability: the compute capability of the GPU that the plan shall run on, such as "8.9".
     """
     # One that was built with other options was built on purpose.
-    latest = next((kept for kept in cache.list_keys() if _serves(kept, key)), None)
+    latest = next((kept for kept in cache.list_keys() if _serves(kept, key, capability)), None)
     if latest is not None and (plan := cache.find(latest)) is not None:
         return latest, plan
     return key, cache.get(key, build)
 
 
-def _serves(kept: Key, wanted: Key) -> bool:
+def _serves(kept: Key, wanted: Key, capability: str) -> bool:
     """Whether a plan can be tried where another one is wanted: options aside, and what its own make it portable to."""
     differing = {name for name in kept.keys() | wanted.keys() if kept.get(name) != wanted.get(name)} - {"options"}
     if not differing <= {"version", "gpu"}:  # another flavour's keys say other things
         return False
     options = kept["options"]
+    # One for other GPUs is right there: several machines may share the cache.
+    if (built_for := options.get("compute_capabilities")) and capability not in built_for:
+        return False
     if "version" in differing and options.get("version_compatible"):
         (major, *rest), (wanted_major, *wanted_rest) = (_numbers(key["version"]) for key in (kept, wanted))
         if major == wanted_major and rest <= wanted_rest:

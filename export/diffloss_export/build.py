@@ -1,4 +1,4 @@
-"""Every graph of a bundle to a plan in the user's cache, by TensorRT or by inductor."""
+"""Every graph of a bundle to a plan in the user's cache, by TensorRT or by inductor, and what is there."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BackendUnavailableError
+from diffloss_engine.inductor import compiler_version
 from diffloss_engine.plan_cache import Key, Plan, PlanCache
 from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour
-from diffloss_engine.trt_session import plan_key
+from diffloss_engine.trt_session import builder_version, plan_key
 from diffloss_trt.contract import GRADIENT, SEMANTIC_GRADIENT
 from diffloss_trt.evaluators import FusedEvaluator
+from diffloss_trt.gradient import program_version
 
 # Of a phase of the builder, how often to tell where it is.
 _SECONDS_BETWEEN = 5.0
@@ -84,8 +87,13 @@ def compile_bundle(
     cache, evaluator = cache or PlanCache(), FusedEvaluator(bundle, "inductor", device)
 
     def build(name: str) -> BuiltPlan:
-        on_stage(f"compiling the {name} graph")
-        return _timed(name, cache, *evaluator.package(name))
+        key, compile_graph = evaluator.package(name)
+
+        def make() -> Plan:
+            on_stage(f"compiling the {name} graph")
+            return compile_graph()
+
+        return _timed(name, cache, key, make)
 
     return [build(name) for name in names]
 
@@ -96,6 +104,30 @@ def compiled_graphs(bundle: Bundle) -> Sequence[str]:
     if not names:
         raise BackendUnavailableError(f"{bundle.path} has no gradient graph, and inductor compiles these alone")
     return names
+
+
+def kept_plans(bundle: Bundle) -> dict[str, list[dict[str, Any]]]:
+    """Return what the user's cache has for each graph of a bundle, the latest first, as JSON values.
+
+    What is "outdated" was made by other code than this, and no load uses it.
+    """
+    plans, shown = PlanCache().list_plans(), ("flavour", "version", "gpu", "cpu", "options")
+    found = {
+        name: [
+            {field: plan.key.get(field) for field in shown}
+            | {"path": str(plan.path), "bytes": plan.bytes, "outdated": _is_outdated(plan.key)}
+            for plan in plans
+            if plan.key.get("graph") == bundle.graph_digest(name)
+        ]
+        for name in bundle.graphs
+    }
+    return {name: of_graph for name, of_graph in found.items() if of_graph}
+
+
+def _is_outdated(key: Key) -> bool:
+    if key.get("flavour") == "inductor":
+        return (key.get("compiler"), key.get("program")) != (compiler_version(), program_version())
+    return key.get("builder") != builder_version()
 
 
 def _timed(name: str, cache: PlanCache, key: Key, make: Callable[[], Plan]) -> BuiltPlan:

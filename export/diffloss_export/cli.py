@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from diffloss_engine.bundle import Bundle
     from diffloss_engine.trt_profile import Profile
     from diffloss_export.verify import Report
 
@@ -406,10 +405,11 @@ def _print_report(report: Report) -> None:
 
 def _inspect(args: argparse.Namespace) -> int:
     from diffloss_engine.bundle import Bundle
+    from diffloss_export.build import kept_plans
 
     bundle = Bundle.open(args.bundle)
     bundle.verify_hashes()
-    description = bundle.description() | {"plans": _plans(bundle)}
+    description = bundle.description() | {"plans": kept_plans(bundle)}
     if args.json:
         print(json.dumps(description, indent=2, sort_keys=True))
         return 0
@@ -423,7 +423,9 @@ def _inspect(args: argparse.Namespace) -> int:
             for spec in specs:
                 print(f"    {kind:3} {spec.name} {spec.dtype} {list(spec.shape)}")
         for plan in description["plans"].get(graph.name, []):
-            print(f"    plan of {plan['flavour']} {plan['version']} for {_processor(plan)}")
+            what = f"{plan['flavour']} {plan['version']} for {_processor(plan)}, {plan['bytes'] / 2**20:.1f} MiB"
+            unused = ", made by another version of this package and not used" if plan["outdated"] else ""
+            print(f"    plan of {what}{unused}: {plan['path']}")
     return 0
 
 
@@ -434,21 +436,6 @@ def _processor(plan: dict[str, Any]) -> str:
     if plan["cpu"]:
         return str(plan["cpu"]["name"])
     return f"compute capability {', '.join(plan['options']['compute_capabilities']) or '8.0 and more'}"
-
-
-def _plans(bundle: Bundle) -> dict[str, list[dict[str, Any]]]:
-    """Return what the user's cache has for each graph of the bundle, the latest first."""
-    from diffloss_engine.plan_cache import PlanCache
-
-    keys = PlanCache().list_keys()
-    shown = ("flavour", "version", "gpu", "cpu", "options")
-    plans = {
-        name: [
-            {field: key.get(field) for field in shown} for key in keys if key.get("graph") == bundle.graph_digest(name)
-        ]
-        for name in bundle.graphs
-    }
-    return {name: found for name, found in plans.items() if found}
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -557,15 +544,23 @@ def _explain(args: argparse.Namespace) -> int:
 @contextmanager
 def _stages() -> Iterator[Callable[[str], None]]:
     """Show on stderr the step that runs and for how long; on a terminal in a line that goes away."""
-    from diffloss_engine.progress import spinner, stderr_console
+    from diffloss_engine.progress import line, spinner, stderr_console, waits_shown_by
 
     # What libraries warn about their own insides is not for the user of a command.
     with warnings.catch_warnings(), _lasting_interrupt() as check_interrupt:
         warnings.simplefilter("ignore")
         if not stderr_console().is_terminal:
-            yield _stage_lines(check_interrupt)
+            tell = _stage_lines(check_interrupt)
+
+            @contextmanager
+            def tell_wait(what: str) -> Iterator[None]:
+                tell(what)
+                yield
+
+            with waits_shown_by(tell_wait):
+                yield tell
             return
-        with spinner() as progress:
+        with spinner() as progress, waits_shown_by(line):
             task = progress.add_task("starting", total=None)
 
             def show(stage: str) -> None:

@@ -32,9 +32,10 @@ def profile_bundle(
     """
     if runs < 1:
         raise InputError(f"the number of runs is {runs}; expected at least 1")
-    import_driver()
+    driver = import_driver()
     import_flavour(flavour)
     gpu = _first_gpu() if flavour == "tensorrt" else None
+    capability = ".".join(map(str, driver.Device(0).compute_capability()))
     cache = PlanCache()
 
     def profile(name: str) -> Profile:
@@ -46,9 +47,8 @@ def profile_bundle(
             on_stage(f"running the {name} graph")
             return profile_plan(plan, inputs=inputs, flavour=flavour, runs=runs)
 
-        return open_kept_or_built(
-            cache, key, partial(build_plan, file, flavour=flavour, precision=bundle.precision), run
-        )
+        build = partial(build_plan, file, flavour=flavour, precision=bundle.precision)
+        return open_kept_or_built(cache, key, build, run, capability=capability)
 
     return {name: profile(name) for name in bundle.graphs}
 

@@ -4,12 +4,14 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import FunctionProto, NodeProto, TensorProto, helper
 
 from diffloss_engine import (
     Bundle,
@@ -107,6 +109,16 @@ def test_what_is_no_bundle_says_why(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not a folder"):
         Bundle.open(tmp_path / "file")
     with pytest.raises(BundleError, match=r"not a bundle: it has no manifest\.json"):
+        Bundle.open(tmp_path)
+
+
+def test_what_is_no_bundle_is_not_looked_through(tmp_path: Path) -> None:
+    """A project's folder has links in it, and a home is large."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest\.json; 'diffloss-export onnx"):
+        Bundle.open(tmp_path)
+    (tmp_path / "manifest.json").symlink_to(tmp_path / "nothing")
+    with pytest.raises(BundleError, match="is a symbolic link, which a bundle may not hold"):
         Bundle.open(tmp_path)
 
 
@@ -356,6 +368,67 @@ def test_external_data_beyond_its_file_is_refused(
 ) -> None:
     with pytest.raises(BundleError, match=message):
         hostile(location="w.bin", **entries).graph_file("g")
+
+
+@pytest.fixture
+def bundle_of(tmp_path: Path, save_graph: Callable[..., Graph]) -> Callable[..., Bundle]:
+    """(nodes, functions=()) -> Bundle whose one graph has these; from x [4] it makes y [4]."""
+
+    def bundle_of(nodes: list[NodeProto], functions: Sequence[FunctionProto] = ()) -> Bundle:
+        with BundleWriter(tmp_path / "foreign") as writer:
+            file = writer.path / "g.onnx"
+            graph = save_graph(file, nodes, [X], [TensorSpec("y", "float32", (4,))])
+            model = onnx.load(file)
+            model.functions.extend(functions)
+            file.write_bytes(model.SerializeToString())
+            return writer.commit(
+                unet={"class": "U", "parameters": 1, "sha256": SHA256},
+                resolution=(1, 1),
+                batch_size=1,
+                precision="fp32",
+                graphs=[replace(graph, sha256=file_sha256(file))],
+            )
+
+    return bundle_of
+
+
+def nested(node: NodeProto) -> NodeProto:
+    """Return a node that runs `node`, which makes y, in a subgraph of a subgraph."""
+    for _ in range(2):
+        branch = helper.make_graph([node], "b", [], [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])])
+        node = helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
+    return node
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("domain", ["com.microsoft", "ai.onnx.ml", "AI.ONNX", " "])
+def test_operations_that_are_not_onnxs_own_are_refused(
+    bundle_of: Callable[..., Bundle], domain: str, wrapped: bool
+) -> None:
+    node = helper.make_node("EPContext", ["x"], ["y"], name="engine", domain=domain)
+    # An engine of TensorRT, which ONNX Runtime would run.
+    node.attribute.append(helper.make_attribute("ep_cache_context", "machine code"))
+    bundle = bundle_of([nested(node) if wrapped else node])
+    with pytest.raises(BundleError, match=rf"g\.onnx: node 'engine' is the operation 'EPContext' of '{domain}'"):
+        bundle.graph_file("g")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("domain", ["", "ai.onnx"])
+def test_onnxs_own_operations_are_accepted(bundle_of: Callable[..., Bundle], domain: str, wrapped: bool) -> None:
+    node = helper.make_node("Neg", ["x"], ["y"], domain=domain)
+    assert bundle_of([nested(node) if wrapped else node]).graph_file("g").name == "g.onnx"
+
+
+@pytest.mark.parametrize("domain", ["", "ai.onnx", "own"])
+def test_functions_are_refused(bundle_of: Callable[..., Bundle], domain: str) -> None:
+    """Under the name of an operation that is known by its name alone, whatever it is made of."""
+    function = helper.make_function(
+        domain, "EPContext", ["x"], ["y"], [helper.make_node("Neg", ["x"], ["y"])], [helper.make_opsetid("", 22)]
+    )
+    bundle = bundle_of([helper.make_node("EPContext", ["x"], ["y"])], [function])
+    with pytest.raises(BundleError, match=r"g\.onnx: it defines the function 'EPContext'; expected no functions"):
+        bundle.graph_file("g")
 
 
 @pytest.mark.parametrize("content", [b"", b"no protobuf at all", b"\x08"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import zipfile
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -146,6 +148,49 @@ def test_a_damaged_one_is_compiled_again(package: bytes, folder: Path, caplog: p
     open_compiled(KEY, lambda: package, [IMAGE], [MEANS, SUM], CPU)
     assert "content is not what was written" in caplog.text
     open_compiled(KEY, refuse, [IMAGE], [MEANS, SUM], CPU)
+
+
+def of_another_system(package: bytes) -> bytes:
+    """Return a compiled program whose library asks for a C library that no system has."""
+    content, changed = BytesIO(package), BytesIO()
+    with zipfile.ZipFile(content) as files, zipfile.ZipFile(changed, "w") as copy:
+        for file in files.infolist():
+            data = files.read(file)
+            if file.filename.endswith(".so"):
+                assert b"libc.so.6\0" in data
+                data = data.replace(b"libc.so.6\0", b"libc.so.9\0")
+            copy.writestr(file, data)
+    return changed.getvalue()
+
+
+@pytest.mark.parametrize("broken", [lambda _: b"nothing of the kind", of_another_system])
+def test_one_that_cannot_be_loaded_is_compiled_again(
+    broken: Callable[[bytes], bytes], package: bytes, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    PlanCache().get(KEY, lambda: broken(package))
+    session = open_compiled(KEY, lambda: package, [IMAGE], [MEANS, SUM], CPU)
+    image = torch.randn(IMAGE.shape)
+    torch.testing.assert_close(session({"image": image})["sum"], Program()(image)[1])
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "diffloss_engine.plan_cache"]
+    assert "is not used and set aside as" in said
+    assert "it cannot be loaded: " in said
+    open_compiled(KEY, refuse, [IMAGE], [MEANS, SUM], CPU)
+    assert len(list(folder.glob("*.rejected"))) == 1
+
+
+def test_one_that_does_not_fit_into_memory_stays(package: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled anew would be no smaller."""
+
+    def load(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    PlanCache().get(KEY, lambda: package)
+    with monkeypatch.context() as patch:
+        patch.setattr("torch._inductor.aoti_load_package", load)
+        with pytest.raises(BackendUnavailableError, match="cannot be loaded: CUDA out of memory"):
+            open_compiled(KEY, refuse, [IMAGE], [MEANS, SUM], CPU)
+    open_compiled(KEY, refuse, [IMAGE], [MEANS, SUM], CPU)
+    assert not list(folder.glob("*.rejected"))
 
 
 def test_what_is_no_compiled_program_is_refused() -> None:

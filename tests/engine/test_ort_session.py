@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -102,6 +103,17 @@ def test_scalars_and_order_of_names(tmp_path: Path, save_graph: SaveGraph) -> No
     graph = save_graph(tmp_path / "g.onnx", nodes, scalar, [TensorSpec("y", "float32", ())])
     session = OrtSession(tmp_path / graph.file, scalar[::-1], graph.outputs, device=CPU)
     assert session({"b": torch.tensor(1.0), "a": torch.tensor(4.0)})["y"] == 3
+
+
+def test_only_onnx_is_read(tmp_path: Path, save_conv: SaveConv) -> None:
+    """ONNX Runtime has a format of its own, known by the end of a name, which no check of a graph looks through."""
+    graph = save_conv(tmp_path, "float32")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "conv.ort")
+    onnxruntime.InferenceSession(tmp_path / graph.file, options, providers=["CPUExecutionProvider"])
+    assert (tmp_path / "conv.ort").read_bytes()[4:8] == b"ORTM"
+    with pytest.raises(BundleError, match="cannot be read by ONNX Runtime"):
+        open_graph(tmp_path, replace(graph, file="conv.ort"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and limits the address space")

@@ -65,6 +65,10 @@ def test_keys_are_listed_latest_first(cache: PlanCache) -> None:
         )
         os.utime(path, ns=(now, now))
     assert [key["number"] for key in cache.list_keys()] == [1, 2, 0]
+    for plan in cache.list_plans():
+        assert plan.path.read_bytes().endswith(PLAN)
+        assert plan.bytes == plan.path.stat().st_size
+        assert cache.get(plan.key, must_not_build) == PLAN
     the_first = next(cache.folder.glob("*.plan"))
     the_first.write_bytes(b"nothing")
     assert len(cache.list_keys()) == 2

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -18,6 +19,24 @@ def test_without_a_terminal_it_is_a_line_in_the_log(
         pass
     assert [record.getMessage() for record in caplog.records] == [LINE]
     assert capsys.readouterr().err == ""
+
+
+def test_waits_are_shown_by_a_command_alone() -> None:
+    said: list[str] = []
+
+    @contextlib.contextmanager
+    def show(what: str) -> Iterator[None]:
+        said.append(what)
+        yield
+        said.append("over")
+
+    with progress.shown("by nobody"):
+        pass
+    with progress.waits_shown_by(show), progress.shown("for another process"):
+        said.append("waiting")
+    with progress.shown("by nobody"):
+        pass
+    assert said == ["for another process", "waiting", "over"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

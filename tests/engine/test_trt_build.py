@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +25,7 @@ RTX = "tensorrt-rtx"
 FP16, FP32 = "float16", "float32"
 
 SaveGraph = Callable[..., Graph]
+OnInterrupt = Callable[[Callable[[], object]], object]
 
 
 @pytest.fixture
@@ -112,6 +115,56 @@ def test_what_is_raised_while_progress_is_told_ends_the_build(kind: type[BaseExc
 
     with pytest.raises(kind, match="enough"):
         build_plan(conv, flavour=RTX, precision="fp32", on_progress=stop)
+
+
+@pytest.fixture
+def handle_interrupt() -> Iterator[OnInterrupt]:
+    """(act): calls `act` at Ctrl-C from now on."""
+    # A shell starts jobs in the background with SIGINT ignored, and children inherit that.
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda act: signal.signal(signal.SIGINT, lambda *_: act())
+    signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def ctrl_c(begun: threading.Event) -> Iterator[None]:
+    """Press Ctrl-C while the builder is at work: after `begun`, as soon as no Python runs in the main thread."""
+
+    def press() -> None:
+        begun.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_ctrl_c_ends_a_build(kind: type[BaseException], conv: Path, handle_interrupt: OnInterrupt) -> None:
+    """Python calls the handler within the builder's next call of the monitor, where what it raises would be lost."""
+
+    def stop() -> None:
+        raise kind("enough")
+
+    handle_interrupt(stop)
+    handler, begun = signal.getsignal(signal.SIGINT), threading.Event()
+    with pytest.raises(kind, match="enough"), ctrl_c(begun):
+        build_plan(conv, flavour=RTX, precision="fp32", on_progress=lambda *_: begun.set())
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_handler_that_raises_nothing_ends_no_build(conv: Path, handle_interrupt: OnInterrupt) -> None:
+    """And what it puts in its own place stays there, to end the program when Ctrl-C is pressed again."""
+    handle_interrupt(lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    begun = threading.Event()
+    with ctrl_c(begun):
+        assert is_plan(build_plan(conv, flavour=RTX, precision="fp32", on_progress=lambda *_: begun.set()))
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
 def test_builds_in_two_threads(conv: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor
 from diffloss_engine import DTYPES, BackendError, BackendUnavailableError, Graph
 from diffloss_engine.plan_cache import PlanCache
 from diffloss_engine.tensors import concrete_device
-from diffloss_engine.trt_build import build_plan
+from diffloss_engine.trt_build import build_addition, build_plan, make_runtime, recording_logger
 from diffloss_engine.trt_session import RefusedPlanError, TrtSession, kept_or_built, open_kept_or_built
 
 SaveConv = Callable[[Path, str], Graph]
@@ -45,16 +46,35 @@ def test_a_runtime_that_cannot_be_made_is_an_error() -> None:
     assert "CUDA" in done.stdout
 
 
+@pytest.mark.parametrize("said", ["CUDA initialization failure with error: 35", None])
+def test_a_binding_that_raises_says_why(said: str | None) -> None:
+    """As that of TensorRT 10.14 does, of which no library can be had without NVIDIA's index."""
+    trt = pytest.importorskip("tensorrt_lean_bindings", reason="TensorRT's lean runtime is not installed")
+
+    def make(logger: Any) -> None:
+        if said:
+            logger.log(trt.ILogger.ERROR, said)
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    broken = ModuleType("tensorrt")
+    broken.__dict__.update(__version__="10.14.1", ILogger=trt.ILogger, Runtime=make, Builder=make)
+    for work in (lambda: make_runtime(broken, recording_logger(broken)), lambda: build_addition(broken)):
+        with pytest.raises(
+            BackendUnavailableError, match=rf"^tensorrt 10\.14\.1 does not work here: {said or 'it gave no reason'}$"
+        ):
+            work()
+
+
 def test_a_plan_of_other_options_is_used_and_never_rebuilt_without_them(tmp_path: Path) -> None:
     cache = PlanCache(tmp_path / "plans")
     key = {"graph": "a" * 64, "options": {"optimization_level": None}}
     other = key | {"options": {"optimization_level": 5}}
-    assert kept_or_built(cache, key, lambda: b"by default") == (key, b"by default")
+    assert kept_or_built(cache, key, lambda: b"by default", capability="8.0") == (key, b"by default")
     cache.get(other, lambda: b"chosen")
-    assert kept_or_built(cache, key, lambda: b"") == (other, b"chosen")
+    assert kept_or_built(cache, key, lambda: b"", capability="8.0") == (other, b"chosen")
     (plan,) = (plan for plan in cache.folder.glob("*.plan") if b"chosen" in plan.read_bytes())
     plan.write_bytes(plan.read_bytes().replace(b"chosen", b"broken"))
-    assert kept_or_built(cache, key, lambda: b"") == (key, b"by default")
+    assert kept_or_built(cache, key, lambda: b"", capability="8.0") == (key, b"by default")
     assert cache.list_keys() == [key]
 
 
@@ -69,7 +89,7 @@ def test_a_plan_that_is_refused_makes_way_for_the_next(tmp_path: Path, caplog: p
             raise RefusedPlanError(f"refused {bytes(plan).decode()}")
         return b"loaded"
 
-    assert open_kept_or_built(cache, key, lambda: b"new", load) == b"loaded"
+    assert open_kept_or_built(cache, key, lambda: b"new", load, capability="8.0") == b"loaded"
     assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
         "refused of another driver, too",
         "refused of another driver",
@@ -79,7 +99,7 @@ def test_a_plan_that_is_refused_makes_way_for_the_next(tmp_path: Path, caplog: p
     assert len(list(cache.folder.glob("*.rejected"))) == 2
     # What was built now would be built in vain again.
     with pytest.raises(RefusedPlanError, match="refused broken"):
-        open_kept_or_built(cache, key | {"graph": "b" * 64}, lambda: b"broken", load)
+        open_kept_or_built(cache, key | {"graph": "b" * 64}, lambda: b"broken", load, capability="8.0")
 
 
 AMPERE = {"name": "A100", "compute_capability": "8.0"}
@@ -104,6 +124,12 @@ TURING = {"name": "T4", "compute_capability": "7.5"}
         ({"hardware_compatibility": "same-compute-capability"}, {"gpu": ADA}, False),
         ({"hardware_compatibility": "ampere-plus"}, {"flavour": "tensorrt-rtx", "version": "1.7", "gpu": None}, False),
         ({"version_compatible": True}, {"flavour": "inductor", "version": None, "torch": "2.13.0"}, False),
+        # The GPU here has 8.0; of TensorRT-RTX the options alone say what a plan is for.
+        ({"compute_capabilities": []}, {}, True),
+        ({"compute_capabilities": ["8.0"]}, {}, True),
+        ({"compute_capabilities": ["7.5", "8.0"]}, {}, True),
+        ({"compute_capabilities": ["12.0"]}, {}, False),
+        ({"compute_capabilities": ["8.6", "8.9"]}, {}, False),
     ],
 )
 def test_a_plan_serves_where_it_was_built_to(
@@ -114,7 +140,10 @@ def test_a_plan_serves_where_it_was_built_to(
     key |= {"options": options}
     cache.get(key, lambda: b"portable")
     wanted = key | {"options": {}} | changes
-    assert kept_or_built(cache, wanted, lambda: b"own") == ((key, b"portable") if serves else (wanted, b"own"))
+    used = kept_or_built(cache, wanted, lambda: b"own", capability="8.0")
+    assert used == ((key, b"portable") if serves else (wanted, b"own"))
+    # What does not serve here is left to where it does.
+    assert cache.find(key) == b"portable"
 
 
 @pytest.mark.parametrize("module", ["tensorrt_lean_bindings", "tensorrt_rtx"])

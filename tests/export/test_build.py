@@ -7,18 +7,23 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from plan_traffic import kernels
 
 from diffloss_engine import BackendError
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.plan_cache import PlanCache
 from diffloss_engine.trt_build import BuildOptions
+from diffloss_engine.trt_session import plan_key
 from diffloss_export.build import build_bundle
 from diffloss_export.cli import main
 from diffloss_export.pipeline import write_graphs, write_unet
@@ -136,7 +141,54 @@ def test_command(bundle: Bundle, capsys: pytest.CaptureFixture[str], folder: Pat
     assert main(["inspect", str(bundle.path), "--json"]) == 0
     plans = json.loads(capsys.readouterr().out)["plans"]
     assert plans.keys() == bundle.graphs.keys()
-    assert all(found[0]["options"]["compute_capabilities"] == ["8.9"] for found in plans.values())
+    for (plan,) in plans.values():
+        assert plan["options"]["compute_capabilities"] == ["8.9"]
+        assert plan["bytes"] == Path(plan["path"]).stat().st_size > 10_000
+        assert not plan["outdated"]
+
+
+def test_plans_that_other_code_made_are_marked(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    """No load uses them, and they can be deleted."""
+    name = "encoder"
+    key = plan_key(
+        RTX, bundle.graph_digest(name), bundle.precision, bundle.graphs[name].inputs, BuildOptions(), device=None
+    )
+    for kept in (key, key | {"builder": "0" * 64}):
+        PlanCache().get(kept, lambda: bytes(2**20))
+    assert main(["inspect", str(bundle.path), "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)["plans"][name]
+    assert sorted(plan["outdated"] for plan in plans) == [False, True]
+    assert {Path(plan["path"]) for plan in plans} == set(folder.glob("*.plan"))
+    assert main(["inspect", str(bundle.path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "plan of" in line]
+    for line, plan in zip(lines, plans, strict=True):
+        assert line.endswith(f": {plan['path']}")
+        assert ", 1.0 MiB" in line
+        assert (", made by another version of this package and not used: " in line) is plan["outdated"]
+
+
+def test_waiting_for_another_process_is_said(bundle: Bundle, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    """It may take as long as a build."""
+    arguments = ["build", str(bundle.path), "--backend", RTX, "--compute-capability", "8.9"]
+    assert main(arguments) == 0
+    assert "waiting" not in capsys.readouterr().err
+    held = threading.Event()
+
+    def build() -> None:
+        with ExitStack() as locks:
+            for path in folder.glob("*.lock"):
+                locks.enter_context(FileLock(path))
+            held.set()
+            time.sleep(0.5)
+
+    another = threading.Thread(target=build)
+    another.start()
+    assert held.wait(60)
+    assert main(arguments) == 0
+    another.join()
+    assert "] another process is at work on the same plan: waiting for it\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

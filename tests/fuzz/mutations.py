@@ -153,6 +153,14 @@ def _operation(graph: onnx.GraphProto, rng: random.Random) -> str:
     return f"{was} {node.name} is {node.op_type}"
 
 
+def _domain(graph: onnx.GraphProto, rng: random.Random) -> str:
+    node = rng.choice(graph.node)
+    node.domain = rng.choice(["ai.onnx", "com.microsoft", "ai.onnx.ml", "no.such.domain"])
+    if rng.random() < 0.5:
+        node.op_type = "EPContext"  # which would bring machine code
+    return f"{node.name} is {node.op_type} of {node.domain}"
+
+
 def _input(graph: onnx.GraphProto, rng: random.Random) -> str:
     node = rng.choice([node for node in graph.node if node.input])
     at = rng.randrange(len(node.input))
@@ -204,5 +212,5 @@ def _files(folder: Path, rng: random.Random) -> str:
 
 _KINDS: tuple[Callable[[Path, random.Random], str], ...] = (_bytes, _head, _json, _json, _graph, _graph, _files)
 _GRAPH_KINDS: tuple[Callable[[onnx.GraphProto, random.Random], str], ...] = (
-    _external, _swapped_weights, _dimension, _constant, _operation, _input, _attribute, _removed_node,
+    _external, _swapped_weights, _dimension, _constant, _operation, _domain, _input, _attribute, _removed_node,
 )  # fmt: skip
