@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from diffloss_engine.errors import BundleError
+from diffloss_engine.errors import BundleError, DiffLossError
 
 T = TypeVar("T")
 
@@ -28,14 +28,19 @@ def read_json(path: Path) -> Any:
 
     Raises BundleError, naming the file, when it cannot be read or is not such a file.
     """
+    return parse_json(read_limited(path, BundleError), str(path))
+
+
+def read_limited(path: Path, error_class: type[DiffLossError]) -> bytes:
+    """Read a file of at most `MAX_BYTES`. Raises an error of the given class, naming the file, if that cannot be."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+        raise error_class(f"{path} cannot be read: {error.strerror}") from error
     if len(content) > MAX_BYTES:
-        raise BundleError(f"{path} is larger than the {MAX_BYTES} bytes that are read as JSON")
-    return parse_json(content, str(path))
+        raise error_class(f"{path} is larger than the {MAX_BYTES} bytes that are read as JSON")
+    return content
 
 
 def parse_json(content: bytes, where: str) -> Any:

@@ -10,7 +10,10 @@ from types import ModuleType
 from typing import Any
 
 from diffloss_engine.errors import BackendError, BackendUnavailableError
+from diffloss_engine.memory import memory_advice
+from diffloss_engine.tensors import TensorSpec
 from diffloss_engine.trt_build import import_flavour, make_runtime, recording_logger
+from diffloss_engine.trt_session import RefusedPlanError
 
 _WARM_UPS = 10
 _LAYER_RUNS = 10
@@ -53,28 +56,33 @@ def import_driver() -> ModuleType:
     return driver
 
 
-def profile_plan(plan: bytes | memoryview, *, flavour: str, runs: int) -> Profile:
+def profile_plan(plan: bytes | memoryview, *, inputs: Sequence[TensorSpec], flavour: str, runs: int) -> Profile:
     """Run a plan, which the caller trusts, on the first GPU, on zeros.
 
     Inputs go from pinned memory to the GPU before each run, outside of what is timed by events around it. Raises
-    BackendUnavailableError if there is no GPU or the plan is not for it, BackendError if it fails.
+    BackendUnavailableError if there is no GPU, RefusedPlanError if the plan is not for it, BackendError if it fails.
     """
     driver, trt = import_driver(), import_flavour(flavour)
     # The one that everything in this process shares, torch too if it is there.
     primary = driver.Device(0).retain_primary_context()
     primary.push()
     try:
-        return _measure(driver, trt, plan, runs)
+        return _measure(driver, trt, plan, inputs, runs)
     finally:
         primary.pop()
 
 
-def _measure(driver: ModuleType, trt: ModuleType, plan: bytes | memoryview, runs: int) -> Profile:
+def _measure(
+    driver: ModuleType, trt: ModuleType, plan: bytes | memoryview, specs: Sequence[TensorSpec], runs: int
+) -> Profile:
     logger = recording_logger(trt)
     runtime = make_runtime(trt, logger)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise BackendUnavailableError(f"{trt.__name__} {trt.__version__} refuses the plan: {logger.take()}")
+        reason = logger.take()
+        if advice := memory_advice(reason, specs):  # the plan is not at fault
+            raise BackendError(f"{trt.__name__} could not load the plan: {reason}{advice}")
+        raise RefusedPlanError(f"{trt.__name__} {trt.__version__} refuses the plan: {reason}")
     context = engine.create_execution_context()
     if context is None:
         raise BackendError(f"{trt.__name__} could not make an execution context: {logger.take()}")

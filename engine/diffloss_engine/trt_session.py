@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour, 
 from diffloss_engine.trt_precision import check_engine
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # In TensorRT's names.
 _DTYPES = {
@@ -162,11 +164,7 @@ def open_plan(
     key = plan_key(flavour, digest, precision, inputs, BuildOptions(), device)
     capability = gpu_identity(device)["compute_capability"]
 
-    built = False
-
     def build() -> memoryview:
-        nonlocal built
-        built = True
         check_gpu(flavour)  # before minutes are spent
         torch.cuda.empty_cache()  # the builder leaves out what does not fit into what is free
         with long_wait(f"building a plan of {graph_file} with {flavour}"):
@@ -176,15 +174,7 @@ def open_plan(
         return TrtSession(plan, inputs, outputs, flavour=flavour, device=device, precision=precision)
 
     with torch.cuda.device(device):
-        while True:
-            used, plan = kept_or_built(cache, key, build, capability=capability)
-            try:
-                return load(plan)
-            except RefusedPlanError as error:
-                if built:
-                    raise
-                # What a plan can come to depend on beyond its key is the driver; then all that are kept are refused.
-                cache.reject(used, plan, str(error))
+        return open_kept_or_built(cache, key, build, load, capability=capability)
 
 
 def check_gpu(flavour: str) -> None:
@@ -240,6 +230,31 @@ def plan_key(
 def builder_version() -> str:
     """Return what identifies the code here that calls TensorRT's builder, which a plan is kept under."""
     return file_sha256(Path(trt_build.__file__))
+
+
+def open_kept_or_built(
+    cache: PlanCache, key: Key, build: Callable[[], Plan], load: Callable[[Plan], T], *, capability: str
+) -> T:
+    """Return what `load` makes of the plan that `kept_or_built` gives; one that it refuses is set aside for the next.
+
+    Raises RefusedPlanError if `load` refuses the plan that was built now.
+    """
+    built = False
+
+    def build_now() -> Plan:
+        nonlocal built
+        built = True
+        return build()
+
+    while True:
+        used, plan = kept_or_built(cache, key, build_now, capability=capability)
+        try:
+            return load(plan)
+        except RefusedPlanError as error:
+            if built:
+                raise
+            # What a plan can come to depend on beyond its key is the driver; then all that are kept are refused.
+            cache.reject(used, plan, str(error))
 
 
 def kept_or_built(cache: PlanCache, key: Key, build: Callable[[], Plan], *, capability: str) -> tuple[Key, Plan]:

@@ -22,6 +22,7 @@ CHANNEL_MULT: dict[int, tuple[float, ...]] = {
 }
 # Far beyond any network that has been trained: a slip is to be an error, and not an endless search.
 _MOST = {"image_size": 4096, "num_channels": 4096, "num_res_blocks": 32, "diffusion_steps": 100_000}
+_MOST_CHANNEL_MULT = 1024
 # Of training, of sampling or of how arithmetic is done: they say nothing of the trained network.
 _WITHOUT_EFFECT = ("dropout", "use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas")
 
@@ -84,6 +85,8 @@ class AdmFlags:
                 f"channel_mult is not given, and has no default for image_size {self.image_size}, only for "
                 f"{', '.join(map(str, sorted(CHANNEL_MULT)))}"
             )
+        if max(multipliers) > _MOST_CHANNEL_MULT:
+            raise InputError(f"channel_mult is {multipliers}, expected numbers up to {_MOST_CHANNEL_MULT}")
         flags = dataclasses.replace(self, channel_mult=multipliers)
         if any(channels < 32 or channels % 32 for channels in flags.channels):
             raise InputError(
@@ -200,7 +203,7 @@ def _parsed(name: str, value: Any, default: Any) -> Any:
     readers: dict[type, Callable[[Any], Any]] = {bool: _switch, int: _integer, str: _text, tuple: _numbers}
     try:
         read = readers[type(default)](value)
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter of an integer that no float holds
         read = None
     if read is None:
         expected = {bool: "true or false", int: "a whole number", str: "a text", tuple: "numbers such as '32,16,8'"}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FAILED_CHECK, WRONG_INPUT = 1, 2
 _ENDED_BY = 128  # and the number of a signal, as shells say it
+_MOST_WORKSPACE = (2**63 - 1) // 2**20  # in MiB: TensorRT takes bytes, in 64 bits
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,119 +113,170 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="diffloss-export", description="Diffusion UNets as training losses, on inference engines.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    parser = _Parser(
+        prog="diffloss-export", description="Turn diffusion UNets into training losses that run on inference engines."
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    onnx = commands.add_parser("onnx", help="export a diffusion UNet to a bundle, and check it against eager PyTorch")
-    onnx.add_argument("model", metavar="MODEL", help="'builtin', a diffusers folder, a Hub id, or a .pt")
-    onnx.add_argument("-o", "--output", required=True, metavar="BUNDLE", help="folder to write; must not exist yet")
-    onnx.add_argument("--resolution", type=_resolution, metavar="N|HxW", help="size of images (default: the UNet's)")
-    onnx.add_argument("--batch-size", type=int, default=8, metavar="B", help="images taken at once (default: 8)")
+    def add_command(name: str, does: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
+
+    onnx = add_command("onnx", "export a diffusion UNet to a bundle and check it against eager PyTorch")
+    onnx.add_argument(
+        "model",
+        metavar="MODEL",
+        help="'builtin', a diffusers folder, a Hugging Face Hub id, or a guided-diffusion checkpoint (.pt)",
+    )
+    onnx.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="BUNDLE",
+        help="folder to write; it must not exist yet (see --overwrite)",
+    )
+    onnx.add_argument(
+        "--resolution", type=_resolution, metavar="N|HxW", help="image size in pixels (default: the UNet's own)"
+    )
+    onnx.add_argument(
+        "--batch-size", type=int, default=8, metavar="B", help="images per call of the graphs (default: 8)"
+    )
     onnx.add_argument(
         "--precision",
         choices=("fp32", "fp16", "bf16"),
         default="fp32",
-        help="of weights and activations (default: fp32)",
+        help="precision of weights and activations (default: fp32)",
     )
     onnx.add_argument(
         "--no-gradient",
         dest="gradient",
         action="store_false",
-        help="leave out the gradient graphs: PyTorch's backward then makes the gradient",
+        help="leave out the gradient graphs; PyTorch's backward pass then computes the gradient",
     )
-    onnx.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    onnx.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     onnx.add_argument(
         "--adm-flags",
         type=Path,
         metavar="FLAGS.json",
-        help="guided-diffusion's flags for a .pt (default: those of 256x256_diffusion_uncond)",
+        help="JSON file of guided-diffusion flags that a .pt was trained with (default: of 256x256_diffusion_uncond)",
     )
-    onnx.add_argument("--sha256", metavar="HEX", help="what the SHA-256 of a .pt must be")
-    onnx.add_argument("--class-label", type=int, metavar="N", help="the class to fix in a class-conditional UNet")
+    onnx.add_argument("--sha256", metavar="HEX", help="SHA-256 that the .pt must have")
+    onnx.add_argument("--class-label", type=int, metavar="N", help="class to use for a class-conditional UNet")
     onnx.add_argument(
-        "--allow-pickle", action="store_true", help="read a diffusers folder's .bin weights if it has no safetensors"
+        "--allow-pickle",
+        action="store_true",
+        help="read the pickled .bin weights of a diffusers folder without safetensors",
     )
-    onnx.add_argument("--overwrite", action="store_true", help="replace an older bundle")
+    onnx.add_argument("--overwrite", action="store_true", help="replace the bundle that is already there")
     onnx.set_defaults(run=_onnx)
 
-    build = commands.add_parser(
-        "build", help="build a bundle's graphs into the user's plan cache: with TensorRT, or with PyTorch's compiler"
+    build = add_command(
+        "build", "compile a bundle's graphs ahead of time, with TensorRT or PyTorch's compiler, into the plan cache"
     )
     build.add_argument(
-        "--backend", choices=("tensorrt", "tensorrt-rtx", "inductor"), default="tensorrt", help="default: tensorrt"
+        "--backend",
+        choices=("tensorrt", "tensorrt-rtx", "inductor"),
+        default="tensorrt",
+        help="which backend to build for (default: tensorrt)",
     )
-    build.add_argument("--device", help="with inductor: cpu, cuda or cuda:N (default: the GPU if there is one)")
-    build.add_argument("--workspace", type=int, metavar="MIB", help="the most scratch memory that a plan may want")
-    build.add_argument("--optimization-level", type=int, metavar="N", help="0 to 5: how long to look for fast kernels")
+    build.add_argument("--device", help="for inductor: cpu, cuda or cuda:N (default: the GPU if there is one)")
+    build.add_argument("--workspace", type=int, metavar="MIB", help="limit on the scratch memory of a plan, in MiB")
     build.add_argument(
-        "--timing-cache", type=Path, metavar="FILE", help="timings of kernels, to begin with and to keep"
+        "--optimization-level", type=int, metavar="N", help="0 to 5; higher levels search longer for fast kernels"
+    )
+    build.add_argument(
+        "--timing-cache", type=Path, metavar="FILE", help="file of kernel timings to reuse and to update"
     )
     build.add_argument(
         "--hardware-compatibility",
         choices=("ampere-plus", "same-compute-capability"),
-        help="plans that run on other GPUs too, for some of the speed",
+        help="build plans that also run on other GPUs, at some cost in speed",
     )
-    build.add_argument("--version-compatible", action="store_true", help="plans that run in later versions too")
+    build.add_argument(
+        "--version-compatible", action="store_true", help="build plans that also run in later versions of TensorRT"
+    )
     build.add_argument(
         "--compute-capability",
         action="append",
         default=[],
         metavar="N.N",
-        help="of a GPU to build for, with tensorrt-rtx; can be given several times (default: all from 8.0 on)",
+        help="compute capability to build for, with tensorrt-rtx; may be repeated (default: all from 8.0 on)",
     )
     build.set_defaults(run=_build)
-    verify = commands.add_parser("verify", help="check a bundle against eager PyTorch in float64: value and gradient")
+    verify = add_command("verify", "check a bundle's loss and gradient against eager PyTorch in float64")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
     verify.set_defaults(run=_verify)
-    bench = commands.add_parser("bench", help="time a step here: this bundle beside eager and compiled PyTorch")
+    bench = add_command("bench", "time a step on this machine: the bundle beside eager and compiled PyTorch")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     bench.set_defaults(run=_bench)
-    profile = commands.add_parser("profile", help="time each TensorRT plan on a GPU, whole and by layer")
+    profile = add_command("profile", "time each TensorRT plan on a GPU, as a whole and layer by layer")
     profile.add_argument(
-        "--backend", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt", help="default: tensorrt"
+        "--backend",
+        choices=("tensorrt", "tensorrt-rtx"),
+        default="tensorrt",
+        help="whose plans to time (default: tensorrt)",
     )
-    profile.add_argument("--runs", type=int, default=100, metavar="N", help="how often to run each plan (default: 100)")
-    profile.add_argument("-o", "--output", type=Path, metavar="PICTURE", help="draw where the time goes, e.g. as a PNG")
+    profile.add_argument(
+        "--runs", type=int, default=100, metavar="N", help="how many times to run each plan (default: 100)"
+    )
+    profile.add_argument(
+        "-o", "--output", type=Path, metavar="PICTURE", help="also draw where the time goes, to a file such as time.png"
+    )
     profile.add_argument("--json", action="store_true", help="print one JSON object")
     profile.set_defaults(run=_profile)
-    explain = commands.add_parser("explain", help="draw where in a restored image the loss pushes, and how much")
-    explain.add_argument("--restored", type=Path, required=True, metavar="IMAGE", help="what a network made")
+    explain = add_command("explain", "draw where in a restored image the loss pushes, and how much")
+    explain.add_argument("--restored", type=Path, required=True, metavar="IMAGE", help="image that a network restored")
+    explain.add_argument("--target", type=Path, required=True, metavar="IMAGE", help="ground truth of the same size")
     explain.add_argument(
-        "--target", type=Path, required=True, metavar="IMAGE", help="the ground truth, of the same size"
+        "-o", "--output", type=Path, required=True, metavar="PICTURE", help="file to draw to, such as out.png"
     )
-    explain.add_argument("-o", "--output", type=Path, required=True, metavar="PICTURE", help="what to draw, e.g. a PNG")
-    explain.add_argument("--bundle", type=Path, metavar="BUNDLE", help="whose loss (default: the built-in prior's)")
-    explain.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
-    explain.add_argument("--naturalness-weight", type=float, metavar="W", help="default: 1e-3")
-    explain.add_argument("--semantic-weight", type=float, metavar="W", help="default: 1e-6")
+    explain.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="BUNDLE",
+        help="whose loss to use (default: the built-in prior's, in eager PyTorch)",
+    )
+    explain.add_argument(
+        "--naturalness-weight", type=float, metavar="W", help="weight of the naturalness term (default: 1e-3)"
+    )
+    explain.add_argument(
+        "--semantic-weight", type=float, metavar="W", help="weight of the semantic term (default: 1e-6)"
+    )
     explain.add_argument(
         "--draws", type=int, default=8, metavar="N", help="number of (timestep, noise) draws (default: 8)"
     )
     explain.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     explain.add_argument("--json", action="store_true", help="print the terms as one JSON object")
     explain.set_defaults(run=_explain)
-    inspect = commands.add_parser("inspect", help="print what a bundle holds")
+    inspect = add_command("inspect", "print what a bundle holds")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(run=_inspect)
-    doctor = commands.add_parser(
+    doctor = add_command(
         "doctor",
-        help="say what this machine has, which backend 'auto' takes and why, and what to install to get faster",
+        "report what this machine has, which backend 'auto' chooses and why, and what to install for more speed",
     )
     doctor.add_argument(
-        "bundle", nargs="?", type=Path, metavar="BUNDLE", help="load it too, which builds what its backend needs"
+        "bundle",
+        nargs="?",
+        type=Path,
+        metavar="BUNDLE",
+        help="also load this bundle, which builds whatever its backend needs",
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
     for command in (build, verify, bench, profile, inspect):
-        command.add_argument("bundle", metavar="BUNDLE", help="a folder that 'diffloss-export onnx' wrote")
-    automatic = {verify: "ONNX Runtime, or PyTorch for a bf16 bundle on a CPU", bench: "the first that runs here"}
+        command.add_argument("bundle", metavar="BUNDLE", help="folder that 'diffloss-export onnx' wrote")
+    automatic = {
+        verify: "ONNX Runtime, or PyTorch for a bf16 bundle on a CPU",
+        bench: "the first that works here",
+        explain: "the first that works here",
+    }
     for command, chosen in automatic.items():
         command.add_argument(
             "--backend",
             choices=("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-tensorrt", "inductor", "torch"),
             default="auto",
-            help=f"default: auto, {chosen}",
+            help=f"what runs the bundle (default: auto, which is {chosen})",
         )
         command.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     return parser
@@ -286,6 +338,8 @@ def _build(args: argparse.Namespace) -> int:
     from diffloss_export.build import build_bundle, compile_bundle
     from diffloss_trt.inputs import choose_device
 
+    if args.workspace is not None and not 1 <= args.workspace <= _MOST_WORKSPACE:
+        raise InputError(f"--workspace is {args.workspace} MiB; expected 1 to {_MOST_WORKSPACE}")
     options = BuildOptions(
         workspace_bytes=None if args.workspace is None else args.workspace * 2**20,
         optimization_level=args.optimization_level,
@@ -297,7 +351,7 @@ def _build(args: argparse.Namespace) -> int:
     if inductor and (options != BuildOptions() or args.timing_cache):
         raise InputError("inductor takes none of the options of TensorRT's builder")
     if not inductor and args.device:
-        raise InputError("TensorRT builds for the GPU that is current; --device is for inductor")
+        raise InputError("--device is for inductor; TensorRT builds for the current GPU")
     bundle, cache = Bundle.open(args.bundle), PlanCache()
     with _stages() as on_stage:
         plans = (
@@ -399,7 +453,8 @@ def _bench(args: argparse.Namespace) -> int:
     print(f"{result['device']}, torch {result['torch']}, batch {bundle.batch_size}, value and gradient of one step:")
     for row in result["rows"]:
         memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**20:8.0f} MiB"
-        print(f"  {row['name']:48} {row['median_ms']:9.1f} ms  {row['speedup_vs_eager']:5.2f}x {memory}")
+        speedup = "" if row["speedup_vs_eager"] is None else f"{row['speedup_vs_eager']:5.2f}x"
+        print(f"  {row['name']:48} {row['median_ms']:9.1f} ms  {speedup:6} {memory}")
     for note in result["notes"]:
         print(f"note: {note}")
     return 0
@@ -429,12 +484,12 @@ def _print_profiles(profiles: dict[str, Profile]) -> None:
     from rich.text import Text
 
     from diffloss_engine.trt_profile import largest
-    from diffloss_export.profile import PERCENTILES
+    from diffloss_export.profile import PERCENTILES, SHOWN
 
     for name, found in profiles.items():
         percentiles = ", ".join(f"p{percent} {found.percentile(percent):.3f}" for percent in PERCENTILES)
         table = Table("layer", "ms", title=f"{name}, ms a run: {percentiles}")
-        for layer, ms in largest(found.layers, 20):
+        for layer, ms in largest(found.layers, SHOWN):
             table.add_row(Text(layer), f"{ms:.3f}")
         Console().print(table)
 
@@ -442,8 +497,8 @@ def _print_profiles(profiles: dict[str, Profile]) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     from diffloss_export.doctor import examine, print_report
 
-    with _lasting_interrupt():
-        report = examine(args.bundle)
+    with _lasting_interrupt() as check_interrupt:
+        report = examine(args.bundle, _stage_lines(check_interrupt))
     if args.json:
         print(json.dumps(report, indent=2))
     else:
@@ -475,7 +530,7 @@ def _explain(args: argparse.Namespace) -> int:
         on_stage("loading")
         weights = {"naturalness_weight": args.naturalness_weight, "semantic_weight": args.semantic_weight}
         given = {name: weight for name, weight in weights.items() if weight is not None}
-        loss, tile = load_loss(bundle, device=choose_device(args.device), **given)
+        loss, tile = load_loss(bundle, backend=args.backend, device=choose_device(args.device), **given)
         explanation = explain(loss, restored, target, tile=tile, draws=args.draws, seed=args.seed, on_stage=on_stage)
     if args.json:
         print(json.dumps(to_json(explanation), indent=2))
@@ -491,15 +546,11 @@ def _stages() -> Iterator[Callable[[str], None]]:
     """Show on stderr the step that runs and for how long; on a terminal in a line that goes away."""
     from diffloss_engine.progress import line, spinner, stderr_console, waits_shown_by
 
-    started = time.monotonic()
     # What libraries warn about their own insides is not for the user of a command.
     with warnings.catch_warnings(), _lasting_interrupt() as check_interrupt:
         warnings.simplefilter("ignore")
         if not stderr_console().is_terminal:
-
-            def tell(stage: str) -> None:
-                check_interrupt()
-                print(f"[{time.monotonic() - started:6.1f} s] {stage}", file=sys.stderr, flush=True)
+            tell = _stage_lines(check_interrupt)
 
             @contextmanager
             def tell_wait(what: str) -> Iterator[None]:
@@ -517,6 +568,17 @@ def _stages() -> Iterator[Callable[[str], None]]:
                 progress.update(task, description=stage)
 
             yield show
+
+
+def _stage_lines(check_interrupt: Callable[[], None]) -> Callable[[str], None]:
+    """Return what prints a line on stderr for each step that begins, with the seconds since now."""
+    started = time.monotonic()
+
+    def tell(stage: str) -> None:
+        check_interrupt()
+        print(f"[{time.monotonic() - started:6.1f} s] {stage}", file=sys.stderr, flush=True)
+
+    return tell
 
 
 @contextmanager

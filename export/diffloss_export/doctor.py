@@ -11,6 +11,7 @@ import platform
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
@@ -45,8 +46,8 @@ _PACKAGES = (
 _TIMEOUT = 120
 
 
-def examine(bundle: Path | None) -> Report:
-    """Return what this machine has, as JSON values.
+def examine(bundle: Path | None, on_stage: Callable[[str], None] = lambda _: None) -> Report:
+    """Return what this machine has, as JSON values; `on_stage` is called with what is waited for next.
 
     python, platform: in words. packages: versions of what is installed. gpus: what NVIDIA's driver knows.
     torch: what PyTorch finds: the CUDA it is built for, GPUs, the processor; null if it cannot be imported.
@@ -58,10 +59,15 @@ def examine(bundle: Path | None) -> Report:
     advice: sentences.
     """
     with ExitStack() as running:
+        on_stage("trying each backend")
         children = {name: _start(running, name) for name in ORDER["cuda"]}
-        loading = None if bundle is None else _start(running, "bundle", str(bundle))
         found = {name: _result(child, _TIMEOUT) for name, child in children.items()}
-        loaded = None if loading is None else _result(loading, None)
+        loading = loaded = None
+        if bundle is not None:
+            # Last, because it may build plans, which takes minutes, the processor and the GPU.
+            on_stage(f"loading {bundle}, which takes minutes if its plans have yet to be built")
+            loading = _start(running, "bundle", str(bundle))
+            loaded = _result(loading, None)
     backends = {
         name: {"version": None, "precisions": [], "reason": result} if isinstance(result, str) else result
         for name, result in found.items()

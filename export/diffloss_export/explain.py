@@ -121,15 +121,20 @@ def _starts(size: int, tile: int, shift: int) -> list[int]:
     return sorted({min(max(start, 0), size - tile) for start in range(shift - tile, size, tile)})
 
 
-def load_loss(bundle: Bundle | None, *, device: torch.device, **weights: Any) -> tuple[DiffLoss, tuple[int, int]]:
+def load_loss(
+    bundle: Bundle | None, *, backend: str = "auto", device: torch.device, **weights: Any
+) -> tuple[DiffLoss, tuple[int, int]]:
     """Return the loss of a bundle, or of the built-in prior on eager PyTorch, and the size of the images it is for.
 
-    weights: `naturalness_weight` and `semantic_weight`, which have the loss's defaults. Raises as `DiffLoss.load` does.
+    backend: what runs the bundle. weights: `naturalness_weight` and `semantic_weight`, which have the loss's defaults.
+    Raises as `DiffLoss.load` does, and InputError if a backend is asked for and there is no bundle.
     """
     if bundle is not None:
-        loss = DiffLoss.load(bundle.path, device=device, **weights)
+        loss = DiffLoss.load(bundle.path, backend, device, **weights)
         loss.warned.add(BATCH)  # the last tiles are few for any bundle, and this advice is for trainings
         return loss, bundle.resolution
+    if backend != "auto":
+        raise InputError(f"backend {backend} needs a bundle (--bundle); the built-in prior runs on eager PyTorch alone")
     model = load_model(BUILTIN)
     side = model.unet.config.sample_size
     return DiffLoss.from_unet(model.unet.to(device), model.schedule, **weights), (side, side)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.errors import ModelError, first_line
-from diffloss_engine.strict_json import MAX_BYTES
+from diffloss_engine.strict_json import read_limited
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WEIGHTS_INDEX = WEIGHTS + ".index.json"
@@ -30,13 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises ModelError, naming the file, when it cannot be read or is none."""
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(text) > MAX_BYTES:
-        raise ModelError(f"{path}: larger than the {MAX_BYTES} bytes expected at most")
+    text = read_limited(path, ModelError)
     try:
         # Not as strictly as a bundle's: diffusers writes -Infinity into some schedulers' configurations.
         content = json.loads(text)

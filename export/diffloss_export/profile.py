@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffloss_engine.bundle import Bundle
-from diffloss_engine.errors import InputError, MissingPackageError
-from diffloss_engine.plan_cache import PlanCache
+from diffloss_engine.errors import BackendUnavailableError, InputError, MissingPackageError, first_line
+from diffloss_engine.plan_cache import Plan, PlanCache
 from diffloss_engine.trt_build import BuildOptions, build_plan, import_flavour
 from diffloss_engine.trt_profile import Profile, import_driver, largest, profile_plan
-from diffloss_engine.trt_session import kept_or_built, plan_key
+from diffloss_engine.trt_session import open_kept_or_built, plan_key
 from diffloss_export.pictures import check_place, write_picture
 
 PERCENTILES = (50, 90, 99)
-_SHOWN = 20
+SHOWN = 20
 
 
 def profile_bundle(
@@ -26,31 +26,46 @@ def profile_bundle(
 ) -> dict[str, Profile]:
     """Run the plan of each graph, building it if it is not in the user's cache; by the graph's name.
 
-    Raises BackendUnavailableError where there is no GPU, PyCUDA or TensorRT, InputError if `runs` is below 1, and as
-    `build_plan` and `profile_plan` do.
+    A plan that is kept and refused is set aside, and built anew. Raises BackendUnavailableError where there is no GPU,
+    PyCUDA or TensorRT, or no PyTorch that can use the GPU, which TensorRT-RTX does without; InputError if `runs` is
+    below 1; and as `build_plan` and `profile_plan` do.
     """
     if runs < 1:
         raise InputError(f"the number of runs is {runs}; expected at least 1")
     driver = import_driver()
     import_flavour(flavour)
+    gpu = _first_gpu() if flavour == "tensorrt" else None
     capability = ".".join(map(str, driver.Device(0).compute_capability()))
-    cache, profiles = PlanCache(), {}
-    for name, graph in bundle.graphs.items():
+    cache = PlanCache()
+
+    def profile(name: str) -> Profile:
         on_stage(f"building the {name} graph, unless that has been done")
-        file = bundle.graph_file(name)
-        key = plan_key(
-            flavour,
-            bundle.graph_digest(name),
-            bundle.precision,
-            graph.inputs,
-            BuildOptions(),
-            torch.device("cuda", 0),
-        )
-        build = functools.partial(build_plan, file, flavour=flavour, precision=bundle.precision)
-        _, plan = kept_or_built(cache, key, build, capability=capability)
-        on_stage(f"running the {name} graph")
-        profiles[name] = profile_plan(plan, flavour=flavour, runs=runs)
-    return profiles
+        file, inputs = bundle.graph_file(name), bundle.graphs[name].inputs
+        key = plan_key(flavour, bundle.graph_digest(name), bundle.precision, inputs, BuildOptions(), gpu)
+
+        def run(plan: Plan) -> Profile:
+            on_stage(f"running the {name} graph")
+            return profile_plan(plan, inputs=inputs, flavour=flavour, runs=runs)
+
+        build = partial(build_plan, file, flavour=flavour, precision=bundle.precision)
+        return open_kept_or_built(cache, key, build, run, capability=capability)
+
+    return {name: profile(name) for name in bundle.graphs}
+
+
+def _first_gpu() -> torch.device:
+    """Return the GPU that PyCUDA uses, by whose name TensorRT's plans are kept: PyTorch is asked for that.
+
+    Raises BackendUnavailableError if PyTorch cannot use it.
+    """
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch is built for CPUs
+        raise BackendUnavailableError(
+            f"a profile of tensorrt needs a PyTorch that can use the GPU, and PyTorch {torch.__version__} cannot: "
+            f"{first_line(error)}; docs/gpu.md says what to install"
+        ) from error
+    return torch.device("cuda", 0)
 
 
 def to_json(profiles: dict[str, Profile]) -> dict[str, Any]:
@@ -74,7 +89,7 @@ def draw(profiles: dict[str, Profile], picture: Path) -> None:
     figure = figure_class(figsize=(10, 4.5 * len(profiles)), layout="constrained")
     rows = figure.subplots(len(profiles), squeeze=False)[:, 0]
     for axes, (name, profile) in zip(rows, profiles.items(), strict=True):
-        bars = largest(profile.layers, _SHOWN)
+        bars = largest(profile.layers, SHOWN)
         axes.barh([_shortened(layer) for layer, _ in bars], [ms for _, ms in bars])
         axes.invert_yaxis()
         axes.set_xlabel("ms")

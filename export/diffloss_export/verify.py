@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,11 +48,6 @@ class Row:
         """Whether the error is a number within the tolerance."""
         return self.error <= self.tolerance
 
-    @property
-    def excess(self) -> float:
-        """The error as a multiple of the tolerance."""
-        return self.error / self.tolerance if self.tolerance else math.inf
-
 
 @dataclass
 class Report:
@@ -65,7 +60,7 @@ class Report:
     @property
     def worst(self) -> Row:
         """The comparison that is nearest to its tolerance, or furthest beyond it."""
-        return max(self.rows, key=lambda row: (not row.passed, row.excess))
+        return max(self.rows, key=lambda row: (not row.passed, row.error / row.tolerance))
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values; an error that is no finite number is null."""
@@ -109,25 +104,23 @@ def verify_bundle(
     check_graphs(bundle)
     widens = bundle.precision == "bf16" and device.type == "cpu" and backend in ("auto", *_PYTORCH)
     report = Report(backend=("torch" if widens else "onnxruntime") if backend == "auto" else backend)
-    with TemporaryDirectory() as scratch:
-        asked = backend if backend in _PYTORCH else None
-        replay = _Replay(report, bundle, device, Path(scratch), widens=widens, program=asked)
-        # A large UNet in float64 and an engine's copies of its weights do not fit into memory together: the reference
-        # is gone when the gradient graphs, which need most, are opened.
-        reference = reference or Reference.of_bundle(bundle)
-        for program in reference.programs():
-            on_stage(f"replaying the {program.name} graph")
-            with closing(replay.open(program.name)) as session:
-                _compare_graph(report, program, session, FEATURE[replay.precision])
-        del program
-        reference.compute(on_stage)
-        reference.release()
-        for name in (name for name in CHECK_WEIGHTS if name in bundle.graphs):
-            on_stage(f"replaying the {name} graph")
-            for check, session, precision in replay.open_gradient(name):
-                with closing(session):
-                    found = run_gradient(session, reference.probe, CHECK_WEIGHTS[name])
-                _compare(report, check, found, reference.expected[name], DIFFERENCE[precision])
+    replay = _Replay(report, bundle, device, widens=widens, program=backend if backend in _PYTORCH else None)
+    # A large UNet in float64 and an engine's copies of its weights do not fit into memory together: the reference is
+    # gone when the gradient graphs, which need most, are opened.
+    reference = reference or Reference.of_bundle(bundle)
+    for program in reference.programs():
+        on_stage(f"replaying the {program.name} graph")
+        with replay.open(program.name) as session:
+            _compare_graph(report, program, session, FEATURE[replay.precision])
+    del program
+    reference.compute(on_stage)
+    reference.release()
+    for name in (name for name in CHECK_WEIGHTS if name in bundle.graphs):
+        on_stage(f"replaying the {name} graph")
+        for check, opened, precision in replay.open_gradient(name):
+            with opened as session:
+                found = run_gradient(session, reference.probe, CHECK_WEIGHTS[name])
+            _compare(report, check, found, reference.expected[name], DIFFERENCE[precision])
     on_stage("comparing loss and gradient of PyTorch's backward")
     backend = "torch" if report.backend in _PYTORCH else report.backend
     # Not `DiffLoss.load`, which refuses what is to be reported here.
@@ -153,7 +146,6 @@ class _Replay:
         report: Report,
         bundle: Bundle,
         device: torch.device,
-        scratch: Path,
         *,
         widens: bool,
         program: str | None,
@@ -161,26 +153,32 @@ class _Replay:
         self._report = report
         self._bundle = bundle
         self._device = device
-        self._scratch = scratch
         self._backend = "onnxruntime" if report.backend in _PYTORCH else report.backend
         self._widens = widens
         self._program = program
         self.precision = "fp32" if self._widens else bundle.precision
 
-    def open(self, name: str) -> Session:
+    @contextmanager
+    def open(self, name: str) -> Iterator[Session]:
+        """Yield a session on a graph, which is closed afterwards."""
         if not self._widens:
-            return open_graph(self._bundle, name, backend=self._backend, device=self._device)
+            with closing(open_graph(self._bundle, name, backend=self._backend, device=self._device)) as session:
+                yield session
+            return
         self._report.notes.append(
             f"the {name} graph was replayed in float32: ONNX Runtime has no bfloat16 kernels for the CPU"
         )
         file, graph = self._bundle.graph_file(name), self._bundle.graphs[name]
-        widened = self._scratch / file.name
-        write_widened(file, widened)
         inputs, outputs = widened_specs(graph.inputs), widened_specs(graph.outputs)
-        return open_session(widened, inputs, outputs, backend=self._backend, device=self._device)
+        # The copy has all the weights, twice as large as the bundle's: one at a time is enough.
+        with TemporaryDirectory() as scratch:
+            widened = Path(scratch) / file.name
+            write_widened(file, widened)
+            with closing(open_session(widened, inputs, outputs, backend=self._backend, device=self._device)) as session:
+                yield session
 
-    def open_gradient(self, name: str) -> Iterator[tuple[str, Session, str]]:
-        """Yield what to call it, a session, and the precision to hold it to; of what runs no graphs the program too.
+    def open_gradient(self, name: str) -> Iterator[tuple[str, AbstractContextManager[Session], str]]:
+        """Yield a name, a session to enter, and the precision to hold it to; of what runs no graphs the program too.
 
         And of a widened graph the program in the rounding that it lacks.
         """
@@ -188,11 +186,11 @@ class _Replay:
         bundle, graph = self._bundle, self._bundle.graphs[name]
         if self._program is not None:
             evaluator = FusedEvaluator(bundle, self._program, self._device)
-            yield f"{name}, run by {self._program}", evaluator.open(name), held_to(evaluator, bundle)
+            yield f"{name}, run by {self._program}", closing(evaluator.open(name)), held_to(evaluator, bundle)
         if self._widens and self._program != "inductor":
             run, _ = FusedEvaluator(bundle, "torch", self._device).trace(name, PRECISIONS[bundle.precision])
             session = TorchSession(run, graph.inputs, graph.outputs, self._device)
-            yield f"{name}, run in PyTorch", session, bundle.precision
+            yield f"{name}, run in PyTorch", closing(session), bundle.precision
 
 
 def _compare_graph(report: Report, program: Program, session: Session, tolerance: float) -> None:

@@ -29,7 +29,7 @@ def test_without_pycuda(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendUnavailableError, match=r"PyCUDA cannot be imported .* docs/gpu.md says how"):
         import_driver()
     with pytest.raises(BackendUnavailableError, match="PyCUDA"):
-        profile_plan(b"", flavour="tensorrt", runs=1)
+        profile_plan(b"", inputs=(), flavour="tensorrt", runs=1)
 
 
 def test_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from diffloss_engine import DTYPES, BackendError, BackendUnavailableError, Graph
 from diffloss_engine.plan_cache import PlanCache
 from diffloss_engine.tensors import concrete_device
 from diffloss_engine.trt_build import build_addition, build_plan, make_runtime, recording_logger
-from diffloss_engine.trt_session import TrtSession, kept_or_built
+from diffloss_engine.trt_session import RefusedPlanError, TrtSession, kept_or_built, open_kept_or_built
 
 SaveConv = Callable[[Path, str], Graph]
 CUDA = torch.device("cuda")
@@ -76,6 +76,30 @@ def test_a_plan_of_other_options_is_used_and_never_rebuilt_without_them(tmp_path
     plan.write_bytes(plan.read_bytes().replace(b"chosen", b"broken"))
     assert kept_or_built(cache, key, lambda: b"", capability="8.0") == (key, b"by default")
     assert cache.list_keys() == [key]
+
+
+def test_a_plan_that_is_refused_makes_way_for_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = PlanCache(tmp_path / "plans")
+    key = {"graph": "a" * 64, "options": {"optimization_level": None}}
+    cache.get(key, lambda: b"of another driver")
+    cache.get(key | {"options": {"optimization_level": 5}}, lambda: b"of another driver, too")
+
+    def load(plan: bytes | memoryview) -> bytes:
+        if bytes(plan) != b"new":
+            raise RefusedPlanError(f"refused {bytes(plan).decode()}")
+        return b"loaded"
+
+    assert open_kept_or_built(cache, key, lambda: b"new", load, capability="8.0") == b"loaded"
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "refused of another driver, too",
+        "refused of another driver",
+    ]
+    assert cache.list_keys() == [key]
+    assert cache.find(key) == b"new"
+    assert len(list(cache.folder.glob("*.rejected"))) == 2
+    # What was built now would be built in vain again.
+    with pytest.raises(RefusedPlanError, match="refused broken"):
+        open_kept_or_built(cache, key | {"graph": "b" * 64}, lambda: b"broken", load, capability="8.0")
 
 
 AMPERE = {"name": "A100", "compute_capability": "8.0"}

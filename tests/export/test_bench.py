@@ -6,9 +6,12 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
+from diffusers import UNet2DModel
+from torch import nn
 from torch._inductor import config
 
 from diffloss_engine.bundle import Bundle
@@ -22,7 +25,7 @@ CPU = torch.device("cpu")
 
 def test_every_way_computes_the_same_gradient(bundle: Bundle) -> None:
     """Comparing the speed of different things would be worth nothing; torch.compile compiles at its first call."""
-    steps = bench._steps(bundle, "onnxruntime", CPU, lambda _: None)
+    steps = {name: load() for name, load in bench._ways(bundle, "onnxruntime", CPU).items()}
     compiled, ours = "torch.compile float32", "diffloss-trt onnxruntime, fused, fp32"
     assert list(steps) == [bench.EAGER, compiled, ours]
     eager = steps[bench.EAGER]()
@@ -34,10 +37,10 @@ def test_every_way_computes_the_same_gradient(bundle: Bundle) -> None:
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_rows_say_what_they_are(exported: Callable[..., Exported], precision: str) -> None:
     backend = "torch" if precision == "bf16" else "onnxruntime"
-    steps = bench._steps(exported(precision=precision).bundle, backend, CPU, lambda _: None)
+    ways = bench._ways(exported(precision=precision).bundle, backend, CPU)
     # On a CPU fp16 is emulated, and bf16 unless the processor multiplies it: then what is compiled is fp32.
     compiled = "bfloat16" if precision == "bf16" and has_bfloat16(CPU) else "float32"
-    assert list(steps) == [
+    assert list(ways) == [
         "eager PyTorch fp32",
         f"torch.compile {compiled}",
         f"diffloss-trt {backend}, fused, {precision}",
@@ -57,6 +60,37 @@ def test_a_compiler_that_fails_costs_its_row_alone(
     monkeypatch.setattr("diffloss_export.bench.bench_bundle", lambda *_, **__: result)
     assert main(["bench", str(bundle.path), "--device", "cpu"]) == 0
     assert f"note: {note}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["loading", "a step"])
+def test_a_peer_without_memory_costs_its_row_alone(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    # Ours runs an ONNX graph, and has none of these.
+    monkeypatch.setattr(UNet2DModel, "load_state_dict", refuse) if where == "loading" else monkeypatch.setattr(
+        nn.Conv2d, "forward", refuse
+    )
+    torch.compiler.reset()
+    assert main(["bench", str(bundle.path), "--device", "cpu", "--backend", "onnxruntime", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    (row,) = result["rows"]
+    assert row["name"] == "diffloss-trt onnxruntime, fused, fp32"
+    assert row["median_ms"] > 0
+    assert row["speedup_vs_eager"] is None
+    assert row.keys() == {"name", "median_ms", "speedup_vs_eager", "peak_memory_bytes"}
+    left_out = f"{bench.EAGER} is left out: CUDA out of memory. Tried to allocate 9.00 GiB."
+    assert result["notes"][0] == left_out
+    assert len(result["notes"]) == 2
+    monkeypatch.setattr("diffloss_export.bench.bench_bundle", lambda *_, **__: result)
+    assert main(["bench", str(bundle.path), "--device", "cpu"]) == 0
+    _, row, *notes = capsys.readouterr().out.splitlines()
+    assert "ms" in row
+    assert "x " not in row
+    assert "None" not in row
+    assert notes[0] == f"note: {left_out}"
 
 
 def test_on_a_gpu_rows_claim_no_more_than_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

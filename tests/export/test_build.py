@@ -194,7 +194,7 @@ def test_waiting_for_another_process_is_said(bundle: Bundle, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--workspace", "0"], "workspace is 0 bytes"),
+        (["--workspace", "0"], "--workspace is 0 MiB; expected 1 to 8796093022207"),
         (["--optimization-level", "9"], "level is 9; expected 0 to 5"),
         (["--compute-capability", "1.0"], "does not build for compute capability '1.0'"),
         (["--timing-cache", "t"], "tensorrt-rtx times no kernels"),

@@ -248,6 +248,14 @@ def test_settings_that_do_not_fit_the_model(run: Run, tmp_path: Path, options: l
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("workspace", [-1, 0, 2**43, 99999999999999])
+def test_a_workspace_that_no_builder_takes(run: Run, bundle: Bundle, workspace: int) -> None:
+    """Its bytes are a number of 64 bits."""
+    status, out, err = run("build", bundle.path, "--workspace", workspace)
+    assert (status, out) == (2, "")
+    assert "MiB; expected 1 to 8796093022207" in refusal(err)
+
+
 @pytest.mark.parametrize("model", ["no-such-model", "./no/such/folder", "/nonexistent", ""])
 def test_unknown_model(run: Run, tmp_path: Path, model: str) -> None:
     status, out, err = run("onnx", model, "-o", tmp_path / "bundle")

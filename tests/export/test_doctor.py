@@ -119,6 +119,15 @@ def test_a_gpu_that_fails_without_a_word(monkeypatch: pytest.MonkeyPatch) -> Non
     assert try_torch()["finds"]["cuda_error"] == "RuntimeError"
 
 
+def stages(stderr: str) -> list[str]:
+    """Return what was said to be waited for, without the times."""
+    return [line.partition("] ")[2] for line in stderr.splitlines()]
+
+
+def loading(bundle: Path) -> str:
+    return f"loading {bundle}, which takes minutes if its plans have yet to be built"
+
+
 BROKEN = {
     "torch.py": "raise ImportError('libtorch_cpu.so: cannot open shared object file')",
     "onnxruntime.py": "import os; os.abort()",
@@ -138,7 +147,8 @@ def test_broken_libraries_and_a_bundle_that_is_none(tmp_path: Path) -> None:
     }
     command = [sys.executable, "-m", "diffloss_export", "doctor", str(tmp_path / "none"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert done.returncode == 1
+    assert stages(done.stderr) == ["trying each backend", loading(tmp_path / "none")]
     report = json.loads(done.stdout)
     assert report["torch"] is None
     assert report["auto"] == dict.fromkeys(("fp32", "fp16", "bf16"))
@@ -165,11 +175,33 @@ def test_interrupted_report_leaves_no_trial_behind(tmp_path: Path) -> None:
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (128 + signal.SIGTERM, "diffloss-export: interrupted\n")
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err.splitlines()[-1] == "diffloss-export: interrupted"
+    assert stages(err)[:-1] == ["trying each backend"]
     for path in tmp_path.glob("pids*"):
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.name.removeprefix("pids")), 0)
     assert not (tmp_path / "taken").exists()
+
+
+def test_a_bundle_is_loaded_when_the_trials_are_done(tmp_path: Path) -> None:
+    """Not beside them: it may keep processor and GPU busy for minutes."""
+    stub = (
+        "import sys, time\nfrom pathlib import Path\n"
+        f"running, name = Path({str(tmp_path)!r}) / 'running', sys.argv[1]\n"
+        "if name == 'bundle':\n"
+        "    running.with_name('beside').write_text(' '.join(path.name for path in running.iterdir()))\n"
+        "else:\n"
+        "    (running / name).touch()\n    time.sleep(2)\n    (running / name).unlink()\n"
+        "raise ImportError('no torch')"
+    )
+    (tmp_path / "running").mkdir()
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / "torch.py").write_text(stub)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "stub"), *sys.path])}
+    command = [sys.executable, "-m", "diffloss_export", "doctor", str(tmp_path / "none")]
+    subprocess.run(command, capture_output=True, check=False, env=environment, timeout=120)
+    assert (tmp_path / "beside").read_text() == ""
 
 
 def forget_a_file(folder: Path) -> str:
@@ -198,7 +230,8 @@ def test_trial_of_a_bundle_that_cannot_be_loaded(
 def test_a_bundle_that_is_none_is_wrong_input(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "diffloss_export", "doctor", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
-    assert (done.returncode, done.stderr) == (2, "")
+    assert done.returncode == 2
+    assert stages(done.stderr) == ["trying each backend", loading(tmp_path / "none")]
     out = " ".join(done.stdout.split())
     assert f"This bundle: {tmp_path / 'none'} does not exist" in out
     assert "Nothing that auto would take first is missing." not in out

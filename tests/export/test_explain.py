@@ -169,6 +169,20 @@ def test_command_on_a_bundle(
     assert (tmp_path / "out.jpg").stat().st_size > 1000
 
 
+def test_backend_is_that_which_was_asked_for(
+    exported: Callable[..., Exported], target: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = exported().bundle
+    loss, _ = load_loss(bundle, backend="torch", device=CPU)
+    assert loss.backend == "torch"
+    image = save(target[:, :16, :16], tmp_path / "a.png")
+    arguments = ["--restored", image, "--target", image, "--device", "cpu", "-o", tmp_path / "out.png", "--backend"]
+    said = refused(capsys, *arguments, "tensorrt", "--bundle", bundle.path)
+    assert "tensorrt needs a GPU that torch can use" in said
+    said = refused(capsys, *arguments, "torch")
+    assert "backend torch needs a bundle (--bundle); the built-in prior runs on eager PyTorch alone" in said
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """Return the one line with which `explain` refuses these arguments."""
     assert main(["explain", *map(str, arguments)]) == 2

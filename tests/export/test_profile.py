@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import matplotlib.image
 import pytest
@@ -29,6 +30,22 @@ def test_without_a_gpu_that_is_said(
     (line,) = captured.err.splitlines()
     assert line.startswith("diffloss-export: a profile is taken ")
     assert "GPU" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for PyTorch without a GPU")
+def test_a_gpu_that_pytorch_cannot_use(
+    exported: Callable[..., Exported], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyCUDA and TensorRT find it; PyTorch is built for CPUs, or for a later driver."""
+    driver, tensorrt = ModuleType("pycuda.driver"), ModuleType("tensorrt")
+    driver.__dict__.update(init=lambda: None, Device=SimpleNamespace(count=lambda: 1))
+    tensorrt.__dict__.update(__version__="11.4.0")
+    monkeypatch.setitem(sys.modules, "pycuda.driver", driver)
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
+    assert main(["profile", str(exported().bundle.path)]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("["))
+    assert line.startswith("diffloss-export: a profile of tensorrt needs a PyTorch that can use the GPU, and PyTorch ")
+    assert "docs/gpu.md says what to install" in line
 
 
 def test_number_of_runs_is_checked(exported: Callable[..., Exported], capsys: pytest.CaptureFixture[str]) -> None:

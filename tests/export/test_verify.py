@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from diffloss_engine.bundle import MANIFEST, Bundle
 from diffloss_engine.errors import BackendUnavailableError, BundleError, IntegrityError, ParityError
 from diffloss_export.pipeline import export_bundle
 from diffloss_export.verify import Report, Row, verify_bundle
+from diffloss_export.widened import write_widened
 from diffloss_trt.contract import (
     ENCODER,
     GRADIENT,
@@ -74,6 +76,26 @@ def test_bf16_says_how_its_graphs_were_replayed(exported: Callable[..., Exported
     assert len(report.notes) == 4
     assert all("replayed in float32" in note for note in report.notes)
     assert exported(precision="fp16").report.notes == []
+
+
+def test_one_widened_graph_at_a_time_is_on_the_disk(
+    exported: Callable[..., Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has its weights in float32: gigabytes of a large UNet."""
+    bundle = exported(precision="bf16").bundle
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left: dict[str, list[Path]] = {}
+    widened: list[Path] = []
+
+    def write(source: Path, destination: Path) -> None:
+        write_widened(source, destination)
+        widened.extend(tmp_path.rglob("*.weights"))
+
+    monkeypatch.setattr("diffloss_export.verify.write_widened", write)
+    verify_bundle(bundle, device="cpu", on_stage=lambda stage: left.update({stage: list(tmp_path.rglob("*.weights"))}))
+    assert sorted(path.stem for path in widened) == sorted(bundle.graphs)
+    assert len(left) > len(widened)
+    assert not any(left.values())
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,9 @@ SCALARS = st.one_of(
     st.integers(-2, 300),
     st.floats(),
     st.text(max_size=12),
-    st.sampled_from(["1,2", "16,8", "32, 16", "True", "ddim25", "10,10", "linear", "cosine", "-1", "1e3"]),
+    st.sampled_from(
+        ["1,2", "16,8", "32, 16", "True", "ddim25", "10,10", "linear", "cosine", "-1", "1e3", "1e308", 10**400]
+    ),
 )
 VALUES = st.recursive(SCALARS, lambda part: st.lists(part, max_size=4) | st.dictionaries(st.text(), part, max_size=3))
 FLAGS = [*AdmFlags.__dataclass_fields__, "dropout", "use_fp16", "no_such_flag"]
