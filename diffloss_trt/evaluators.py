@@ -55,14 +55,21 @@ class Evaluator(Protocol):
 
     backend: str
     backward: Backward
-    device: torch.device
     schedule: NoiseSchedule
     channels: int
     resolution_multiple: int
     # How many images are computed at a time: fewer take as long.
     batch_size: int
-    # Whether PyTorch's own tape leads from `total` to `restored`, and with it all that PyTorch can do with a tape.
-    on_tape: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where images are expected."""
+        ...
+
+    @property
+    def on_tape(self) -> bool:
+        """Whether PyTorch's own tape leads from `total` to `restored`, and with it all that can be done with a tape."""
+        ...
 
     @property
     def resolution(self) -> tuple[int, int] | None:
@@ -132,7 +139,10 @@ def _recompute_terms(
 
 
 class EagerEvaluator:
-    """The reference: PyTorch forward and backward, in the precision of the UNet."""
+    """The reference: PyTorch forward and backward, in the precision of the UNet and where it is.
+
+    The UNet is the user's too, who may move or cast it in place at any time.
+    """
 
     backend = "torch"
     backward: Backward = "recompute"
@@ -141,14 +151,20 @@ class EagerEvaluator:
     check = None
     batch_size = 1
 
-    def __init__(self, unet: TappedUNet, device: torch.device) -> None:
+    def __init__(self, unet: TappedUNet) -> None:
         self.unet = unet
-        self.device = device
         self.schedule = unet.schedule
         self.channels = unet.channels
         self.resolution_multiple = unet.resolution_multiple
-        # In half precision it would carry cotangents of order 1e-9, which are flushed to zero.
-        self.on_tape = unet.dtype not in (torch.float16, torch.bfloat16)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def on_tape(self) -> bool:
+        # In half precision the tape would carry cotangents of order 1e-9, which are flushed to zero.
+        return self.unet.dtype not in (torch.float16, torch.bfloat16)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -156,7 +172,7 @@ class EagerEvaluator:
     def to(self, device: torch.device) -> Self:
         # Moving a module is done in place, and copies of the loss share this one.
         with torch.inference_mode(False):  # of weights made in it there could be no gradient later
-            return type(self)(copy.deepcopy(self.unet).to(device), device)
+            return type(self)(copy.deepcopy(self.unet).to(device))
 
     def _features(self, noisy: Tensor, timesteps: Tensor, with_noise: bool) -> Features:
         return self.unet.features(noisy, timesteps, with_noise=with_noise)
@@ -335,7 +351,7 @@ class RecomputeEvaluator(_BundleEvaluator):
         """Return one that is open, whatever it computes. Raises as `open_session` does."""
         evaluator = cls(bundle, backend, device)
         if evaluator.on_tape:
-            evaluator.opened = EagerEvaluator(evaluator._tapped(torch.float32), device)
+            evaluator.opened = EagerEvaluator(evaluator._tapped(torch.float32))
         else:
             evaluator.opened = _Engines(bundle, backend, evaluator._tapped(evaluator.dtype), device)
         return evaluator

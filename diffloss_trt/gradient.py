@@ -80,7 +80,7 @@ def trace_gradient(
 def _trace(tapped: TappedUNet, batch_size: int, resolution: tuple[int, int], with_noise: bool) -> TracedProgram:
     captured = CapturedUNet(tapped, batch_size, resolution, with_noise=with_noise)
     outside = torch.promote_types(tapped.dtype, torch.float32)
-    device = next(tapped.unet.parameters()).device
+    device = tapped.device
     state = tapped.unet.state_dict()
     tables = tapped.schedule.tables(device, outside)
     constants = {**captured.constants, _SIGNAL_TABLE: tables.signal, _NOISE_TABLE: tables.noise}

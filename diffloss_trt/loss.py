@@ -164,8 +164,7 @@ class DiffLoss(nn.Module):
         }
         check_settings(settings)
         schedule = scheduler if isinstance(scheduler, NoiseSchedule) else NoiseSchedule.from_scheduler(scheduler)
-        tapped = TappedUNet(unet, schedule)
-        return cls(EagerEvaluator(tapped, next(unet.parameters()).device), **settings)
+        return cls(EagerEvaluator(TappedUNet(unet, schedule)), **settings)
 
     @classmethod
     def load(
