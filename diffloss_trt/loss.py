@@ -456,7 +456,9 @@ class DiffLoss(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Called by .to(), .cuda() and the like. The module holds no tensors itself: ask where `fn` would put one.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = fn(torch.empty(0, device=self.device)).device
+        # A loss that was pickled beside a GPU may be read where there is none.
+        there = self.device.type != "cuda" or (self.device.index or 0) < torch.cuda.device_count()
+        device = fn(torch.empty(0, device=self.device if there else "cpu")).device
         if device != self.device:
             self.evaluator = self.evaluator.to(choose_device(device))
         return self

@@ -395,6 +395,19 @@ def test_a_loss_may_be_moved_to_where_its_backend_cannot_run(exported: Exported,
         evaluator.evaluate(*batch, (1.0, 1.0))
 
 
+@pytest.mark.parametrize("kind", [FusedEvaluator, RecomputeEvaluator])
+def test_a_loss_that_was_pickled_beside_a_gpu_that_is_not_here(exported: Exported, batch: Batch, kind: Any) -> None:
+    """It is read all the same, and can be moved."""
+    elsewhere = torch.device("cuda", 99)
+    pickled = pickle.dumps(DiffLoss(kind(Bundle.open(exported[0]), "onnxruntime", elsewhere), value_range=(-1, 1)))
+    loss: DiffLoss = pickle.loads(pickled)
+    assert loss.device == elsewhere
+    loss.to("cpu")
+    assert loss.device == torch.device("cpu")
+    value, _ = value_and_gradient(loss, batch, torch.float32)
+    assert value.isfinite()
+
+
 @pytest.mark.parametrize("backward", ["fused", "recompute"])
 def test_images_have_the_size_of_the_bundle_in_pytorch_too(exported: Exported, backward: Backward) -> None:
     loss, _ = losses(exported, "torch", backward=backward)
