@@ -17,7 +17,7 @@ from diffloss_engine.forking import ProcessLock
 from diffloss_trt.autograd import attach
 from diffloss_trt.compiled import compiled_terms, register
 from diffloss_trt.draws import Draws
-from diffloss_trt.evaluators import EagerEvaluator, Evaluator, Images
+from diffloss_trt.evaluators import EagerEvaluator, Evaluator, FusedEvaluator, Images
 from diffloss_trt.inputs import (
     DEFAULT_NATURALNESS_WEIGHT,
     DEFAULT_SEMANTIC_WEIGHT,
@@ -113,6 +113,8 @@ class DiffLoss(nn.Module):
             value = SETTINGS[name](name, value)
             if name == "check_every" and value is not None and self.evaluator.check is None:
                 raise InputError("check_every needs a bundle and backward='fused': nothing else is held to a tolerance")
+            if name == "check_every" and value is None and isinstance(self.evaluator, FusedEvaluator):
+                self.evaluator.references.clear()
         super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
