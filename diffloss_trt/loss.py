@@ -307,7 +307,7 @@ class DiffLoss(nn.Module):
                 captured, neither images nor results are checked, and `check_every` does nothing.
             InputTypeError: wrong type, dtype or device.
             BackendError: the terms, or the gradient of backward "fused", are not finite although the images are; or a
-                loss with a seed has to repeat a draw and cannot, see `Draws`.
+                loss with a seed has to repeat a draw and cannot, see `Draws`, or to draw in a CUDA graph's capture.
             ParityError: `check_every` has found wrong results.
 
             With nonfinite "skip", bad values in `restored` or in the results do not raise; see `load`.
@@ -383,6 +383,10 @@ class DiffLoss(nn.Module):
             self._warn_once(RANGE, narrow)
         batch, count = len(restored), len(evaluator.schedule)
         if generator is None and self.draws is not None and (timesteps is None or noise is None):
+            if not values:  # the graph would repeat one draw for ever
+                raise BackendError(
+                    "a DiffLoss with a seed cannot draw while a CUDA graph is captured: pass timesteps and noise"
+                )
             generator = self.draws.generator(self.device)
         drawn_on = generator.device if generator is not None else self.device
         if timesteps is None:
