@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any, Protocol, Self
 
@@ -204,8 +203,16 @@ class _BundleEvaluator:
         self.channels = read_channels(bundle)
         self.resolution_multiple = 1  # there is but one resolution
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.bundle, self.backend, self.device)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
+
+    def to(self, device: torch.device) -> Self:
+        make, (bundle, backend, _, *settings) = self.__reduce__()
+        moved: Self = make(bundle, backend, device, *settings)
+        return moved
 
     @property
     def dtype(self) -> torch.dtype:
@@ -227,7 +234,7 @@ class FusedEvaluator(_BundleEvaluator):
     backward: Backward = "fused"
     on_tape = False
 
-    def __init__(self, bundle: Bundle, backend: str, device: torch.device, *, cuda_graph: bool = False) -> None:
+    def __init__(self, bundle: Bundle, backend: str, device: torch.device, cuda_graph: bool = False) -> None:
         super().__init__(bundle, backend, device)
         self.cuda_graph = cuda_graph
         self.sessions: dict[str, Session] = {}
@@ -236,11 +243,7 @@ class FusedEvaluator(_BundleEvaluator):
         self._opening = ProcessLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        make = functools.partial(type(self), cuda_graph=self.cuda_graph)
-        return make, (self.bundle, self.backend, self.device)
-
-    def to(self, device: torch.device) -> Self:
-        return type(self)(self.bundle, self.backend, device, cuda_graph=self.cuda_graph)
+        return type(self), (self.bundle, self.backend, self.device, self.cuda_graph)
 
     def session(self, name: str) -> Session:
         """Return the session of a gradient graph; it is opened, and checked, the first time that it is asked for.
@@ -358,12 +361,6 @@ class RecomputeEvaluator(_BundleEvaluator):
         else:
             evaluator.opened = _Engines(bundle, backend, evaluator._tapped(evaluator.dtype), device)
         return evaluator
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.bundle, self.backend, self.device)
-
-    def to(self, device: torch.device) -> Self:
-        return type(self)(self.bundle, self.backend, device)
 
     def open(self) -> EagerEvaluator | _Engines:
         """Return what computes the loss; it is opened, and compared with the bundle's record, the first time.

@@ -353,6 +353,15 @@ def test_copies_share_sessions_and_pickles_open_their_own(
         assert torch.equal(other_gradient, gradient)
 
 
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_what_is_pickled_or_moved_keeps_its_settings(exported: Exported, cuda_graph: bool) -> None:
+    cpu, elsewhere = torch.device("cpu"), torch.device("cuda", 1)
+    evaluator = FusedEvaluator(Bundle.open(exported[0]), "onnxruntime", cpu, cuda_graph=cuda_graph)
+    for other, device in ((pickle.loads(pickle.dumps(evaluator)), cpu), (evaluator.to(elsewhere), elsewhere)):
+        assert (other.backend, other.device, other.cuda_graph) == ("onnxruntime", device, cuda_graph)
+        assert other.bundle.path == evaluator.bundle.path
+
+
 def test_what_a_pickle_finds_is_checked_anew(exported: Exported, tmp_path: Path) -> None:
     folder = shutil.copytree(exported[0], tmp_path / "bundle")
     pickled = pickle.dumps(DiffLoss.load(folder, "onnxruntime", "cpu", backward="recompute"))
