@@ -27,7 +27,6 @@ from diffloss_trt.inputs import (
     Reduction,
     check_images,
     check_noise,
-    check_range,
     check_settings,
     check_timesteps,
     choose_device,
@@ -75,6 +74,7 @@ class DiffLoss(nn.Module):
     """
 
     draws: Draws | None
+    value_range: tuple[float, float]
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class DiffLoss(nn.Module):
         self.naturalness_weight = naturalness_weight
         self.semantic_weight = semantic_weight
         self.reduction = reduction
-        self.value_range = check_range("value_range", value_range)
+        self.value_range = value_range  # type: ignore[assignment]  # `__setattr__` makes it a tuple
         self.seed = seed
         self.nonfinite = nonfinite
         self.check_every = check_every
