@@ -237,8 +237,8 @@ def _compiled(setting: Setting, way: Way) -> Step:
 class _TorchTensorRTForward(EagerEvaluator):
     """Both branches forward in Torch-TensorRT, and the restored one once more in PyTorch for the gradient."""
 
-    def __init__(self, unet: TappedUNet, device: torch.device) -> None:
-        super().__init__(unet, device)
+    def __init__(self, unet: TappedUNet) -> None:
+        super().__init__(unet)
         self._forward = torch.compile(super()._features, backend="torch_tensorrt", dynamic=False)
 
     def _features(self, noisy: Tensor, timesteps: Tensor, with_noise: bool) -> Features:
@@ -250,7 +250,7 @@ def _torch_tensorrt(setting: Setting, way: Way) -> Step:
         import torch_tensorrt  # noqa: F401
     except ImportError as error:
         raise BackendUnavailableError("Torch-TensorRT is not installed") from error
-    evaluator = _TorchTensorRTForward(_tapped(setting, way), setting.device)
+    evaluator = _TorchTensorRTForward(_tapped(setting, way))
     naturalness_weight, semantic_weight = TERMS[way.terms]
     loss = DiffLoss(
         evaluator,

@@ -8,28 +8,21 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.errors import BackendError
-from diffloss_trt.objective import Terms, per_sample, terms_and_cotangents, wide
+from diffloss_trt.objective import Terms, normalised, per_sample, slope, wide
 from diffloss_trt.unet import Features, TappedUNet
 
 
 class Cotangents:
     """The gradient of each sample's loss with respect to the restored branch's features.
 
-    Both are kept at order one, so that they survive half precision: `exponent` [B] is the power of
-    two that was taken out of each sample. It is put back in float32 behind the UNet's backward, which is linear.
+    Both are `normalised`: `size` [B] is the power of two that was taken out of each sample.
     """
 
     def __init__(self, restored: Features, target: Features, naturalness_weight: float, semantic_weight: float) -> None:
-        bottleneck = wide(restored.bottleneck) - target.bottleneck
-        noise = None
+        gradients = [slope(wide(restored.bottleneck) - target.bottleneck, semantic_weight)]
         if restored.noise is not None and target.noise is not None:
-            noise = wide(restored.noise) - target.noise
-        _, gradients = terms_and_cotangents(
-            bottleneck, noise, naturalness_weight=naturalness_weight, semantic_weight=semantic_weight
-        )
-        largest = torch.stack([gradient.flatten(1).abs().amax(1) for gradient in gradients]).amax(0)
-        self.exponent = torch.frexp(largest).exponent
-        scaled = [torch.ldexp(gradient, -per_sample(self.exponent, gradient)) for gradient in gradients]
+            gradients.append(slope(wide(restored.noise) - target.noise, naturalness_weight))
+        self.size, scaled = normalised(gradients)
         self.bottleneck = scaled[0]
         self.noise = scaled[1] if len(scaled) == 2 else None
 
@@ -46,7 +39,7 @@ def input_gradient(unet: TappedUNet, noisy: Tensor, timesteps: Tensor, cotangent
             gradients.append(cotangents.noise)
         typed = [gradient.to(output.dtype) for output, gradient in zip(outputs, gradients, strict=True)]
         (gradient,) = torch.autograd.grad(outputs, leaf, typed)
-    return torch.ldexp(gradient, per_sample(cotangents.exponent, gradient))
+    return gradient * per_sample(cotangents.size, gradient)
 
 
 class Recompute(torch.autograd.Function):

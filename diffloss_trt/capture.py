@@ -130,7 +130,7 @@ class CapturedUNet(Captured):
     """The operations between a noisy image of one size and the taps, in a form that can be run on pairs."""
 
     def __init__(self, tapped: TappedUNet, batch_size: int, resolution: tuple[int, int], *, with_noise: bool) -> None:
-        device = next(tapped.unet.parameters()).device
+        device = tapped.device
         # Fills the schedule's cache of tables with tensors; what the exporter would fill it with is its own.
         tapped.schedule.tables(device, torch.promote_types(tapped.dtype, torch.float32))
         noisy = torch.zeros(batch_size, tapped.channels, *resolution, device=device)

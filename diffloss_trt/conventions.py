@@ -73,7 +73,16 @@ class DiffLossCriterion(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor, y: Tensor, **draws: Any) -> Tensor:
-        """Return the loss of `x` against the ground truth `y`, both [B, C, H, W]; for `draws` see `DiffLoss.terms`."""
+        """Return the loss of `x` against the ground truth `y`, both [B, C, H, W]; for `draws` see `DiffLoss.terms`.
+
+        Raises as `DiffLoss.terms` does, and InputError if it is `y` alone that requires grad.
+        """
+        # With other losses of these packages the order does not matter.
+        if torch.is_grad_enabled() and y.requires_grad and not x.requires_grad:
+            raise InputError(
+                "y, the ground truth, requires grad and x, the restored image, does not; the loss has a gradient for "
+                "its first argument alone: pass (restored, target)"
+            )
         if self.loss_weight:
             loss = self.loss_weight * self.loss_fn(x, y.detach(), **draws)
         else:

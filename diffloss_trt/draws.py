@@ -43,13 +43,8 @@ class Draws(nn.Module):
     def generator(self, device: torch.device) -> torch.Generator:
         """Return a new generator on `device` for this call.
 
-        Raises BackendError inside a backward pass for a call that is not found again, and while a CUDA graph is
-        captured, which would repeat one draw for ever.
+        Raises BackendError inside a backward pass for a call that is not found again.
         """
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise BackendError(
-                "a DiffLoss with a seed cannot draw while a CUDA graph is captured: pass timesteps and noise"
-            )
         number = self._number(int(torch.randint(2**62, (), device="cpu")))
         grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if grouped else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any, Protocol, Self
 
@@ -55,14 +54,21 @@ class Evaluator(Protocol):
 
     backend: str
     backward: Backward
-    device: torch.device
     schedule: NoiseSchedule
     channels: int
     resolution_multiple: int
     # How many images are computed at a time: fewer take as long.
     batch_size: int
-    # Whether PyTorch's own tape leads from `total` to `restored`, and with it all that PyTorch can do with a tape.
-    on_tape: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where images are expected."""
+        ...
+
+    @property
+    def on_tape(self) -> bool:
+        """Whether PyTorch's own tape leads from `total` to `restored`, and with it all that can be done with a tape."""
+        ...
 
     @property
     def resolution(self) -> tuple[int, int] | None:
@@ -132,7 +138,10 @@ def _recompute_terms(
 
 
 class EagerEvaluator:
-    """The reference: PyTorch forward and backward, in the precision of the UNet."""
+    """The reference: PyTorch forward and backward, in the precision of the UNet and where it is.
+
+    The UNet is the user's too, who may move or cast it in place at any time.
+    """
 
     backend = "torch"
     backward: Backward = "recompute"
@@ -141,14 +150,20 @@ class EagerEvaluator:
     check = None
     batch_size = 1
 
-    def __init__(self, unet: TappedUNet, device: torch.device) -> None:
+    def __init__(self, unet: TappedUNet) -> None:
         self.unet = unet
-        self.device = device
         self.schedule = unet.schedule
         self.channels = unet.channels
         self.resolution_multiple = unet.resolution_multiple
-        # In half precision it would carry cotangents of order 1e-9, which are flushed to zero.
-        self.on_tape = unet.dtype not in (torch.float16, torch.bfloat16)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def on_tape(self) -> bool:
+        # In half precision the tape would carry cotangents of order 1e-9, which are flushed to zero.
+        return self.unet.dtype not in (torch.float16, torch.bfloat16)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -156,7 +171,7 @@ class EagerEvaluator:
     def to(self, device: torch.device) -> Self:
         # Moving a module is done in place, and copies of the loss share this one.
         with torch.inference_mode(False):  # of weights made in it there could be no gradient later
-            return type(self)(copy.deepcopy(self.unet).to(device), device)
+            return type(self)(copy.deepcopy(self.unet).to(device))
 
     def _features(self, noisy: Tensor, timesteps: Tensor, with_noise: bool) -> Features:
         return self.unet.features(noisy, timesteps, with_noise=with_noise)
@@ -188,8 +203,16 @@ class _BundleEvaluator:
         self.channels = read_channels(bundle)
         self.resolution_multiple = 1  # there is but one resolution
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.bundle, self.backend, self.device)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
+
+    def to(self, device: torch.device) -> Self:
+        make, (bundle, backend, _, *settings) = self.__reduce__()
+        moved: Self = make(bundle, backend, device, *settings)
+        return moved
 
     @property
     def dtype(self) -> torch.dtype:
@@ -211,19 +234,16 @@ class FusedEvaluator(_BundleEvaluator):
     backward: Backward = "fused"
     on_tape = False
 
-    def __init__(self, bundle: Bundle, backend: str, device: torch.device, *, cuda_graph: bool = False) -> None:
+    def __init__(self, bundle: Bundle, backend: str, device: torch.device, cuda_graph: bool = False) -> None:
         super().__init__(bundle, backend, device)
         self.cuda_graph = cuda_graph
         self.sessions: dict[str, Session] = {}
+        # What `check` compares with: that of one graph, the last that was asked for.
         self.references: dict[str, Session] = {}
         self._opening = ProcessLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        make = functools.partial(type(self), cuda_graph=self.cuda_graph)
-        return make, (self.bundle, self.backend, self.device)
-
-    def to(self, device: torch.device) -> Self:
-        return type(self)(self.bundle, self.backend, device, cuda_graph=self.cuda_graph)
+        return type(self), (self.bundle, self.backend, self.device, self.cuda_graph)
 
     def session(self, name: str) -> Session:
         """Return the session of a gradient graph; it is opened, and checked, the first time that it is asked for.
@@ -291,10 +311,12 @@ class FusedEvaluator(_BundleEvaluator):
         name = gradient_graph(weights)
         restored, target, noise, timesteps = (tensor[:1] for tensor in images)
         with self._opening.lock, torch.inference_mode(False):
-            if name not in self.references:
-                self.references[name] = open_reference(self.bundle, name, self.device, self.schedule)
+            reference = self.references.get(name)
+            if reference is None:
+                self.references.clear()  # each has the weights in fp32
+                reference = self.references[name] = open_reference(self.bundle, name, self.device, self.schedule)
         with fp32_precision("ieee"):
-            expected = _evaluate(self.references[name], (restored, target, noise, timesteps), weights)
+            expected = _evaluate(reference, (restored, target, noise, timesteps), weights)
         what = f"call {call:,} of this loss: {self.backend} on {self.device} computes the {name} graph"
         expect_alike(what, (Terms(*(term[:1] for term in terms)), gradient[:1]), expected, held_to(self, self.bundle))
 
@@ -335,16 +357,10 @@ class RecomputeEvaluator(_BundleEvaluator):
         """Return one that is open, whatever it computes. Raises as `open_session` does."""
         evaluator = cls(bundle, backend, device)
         if evaluator.on_tape:
-            evaluator.opened = EagerEvaluator(evaluator._tapped(torch.float32), device)
+            evaluator.opened = EagerEvaluator(evaluator._tapped(torch.float32))
         else:
             evaluator.opened = _Engines(bundle, backend, evaluator._tapped(evaluator.dtype), device)
         return evaluator
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.bundle, self.backend, self.device)
-
-    def to(self, device: torch.device) -> Self:
-        return type(self)(self.bundle, self.backend, device)
 
     def open(self) -> EagerEvaluator | _Engines:
         """Return what computes the loss; it is opened, and compared with the bundle's record, the first time.

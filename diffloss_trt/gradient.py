@@ -27,7 +27,7 @@ from diffloss_trt.contract import (
     TIMESTEPS,
 )
 from diffloss_trt.difference import Pair, Tape
-from diffloss_trt.objective import per_sample, power_of_two, terms_and_cotangents, wide
+from diffloss_trt.objective import normalised, per_sample, power_of_two, terms_and_cotangents, wide
 from diffloss_trt.traced import TracedProgram
 from diffloss_trt.unet import TappedUNet
 
@@ -80,7 +80,7 @@ def trace_gradient(
 def _trace(tapped: TappedUNet, batch_size: int, resolution: tuple[int, int], with_noise: bool) -> TracedProgram:
     captured = CapturedUNet(tapped, batch_size, resolution, with_noise=with_noise)
     outside = torch.promote_types(tapped.dtype, torch.float32)
-    device = next(tapped.unet.parameters()).device
+    device = tapped.device
     state = tapped.unet.state_dict()
     tables = tapped.schedule.tables(device, outside)
     constants = {**captured.constants, _SIGNAL_TABLE: tables.signal, _NOISE_TABLE: tables.noise}
@@ -105,10 +105,8 @@ def _trace(tapped: TappedUNet, batch_size: int, resolution: tuple[int, int], wit
             naturalness_weight=inputs.get(NATURALNESS_WEIGHT),
             semantic_weight=inputs[SEMANTIC_WEIGHT],
         )
-        # Half precision wants cotangents of order one; behind the UNet's backward, which is linear, that is undone.
-        largest = torch.stack([cotangent.flatten(1).abs().amax(1) for cotangent in cotangents], 1).amax(1)
-        size = power_of_two(largest)
-        ends = [(tap, cotangent / per_sample(size, cotangent)) for tap, cotangent in zip(taps, cotangents, strict=True)]
+        size, cotangents = normalised(cotangents)
+        ends = list(zip(taps, cotangents, strict=True))
         gradient = signal * per_sample(size, signal) * wide(tape.gradient(ends, noisy))
         return (terms.naturalness, terms.semantic, gradient) if with_noise else (terms.semantic, gradient)
 

@@ -17,7 +17,7 @@ from diffloss_engine.forking import ProcessLock
 from diffloss_trt.autograd import attach
 from diffloss_trt.compiled import compiled_terms, register
 from diffloss_trt.draws import Draws
-from diffloss_trt.evaluators import EagerEvaluator, Evaluator, Images
+from diffloss_trt.evaluators import EagerEvaluator, Evaluator, FusedEvaluator, Images
 from diffloss_trt.inputs import (
     DEFAULT_NATURALNESS_WEIGHT,
     DEFAULT_SEMANTIC_WEIGHT,
@@ -27,7 +27,6 @@ from diffloss_trt.inputs import (
     Reduction,
     check_images,
     check_noise,
-    check_range,
     check_settings,
     check_timesteps,
     choose_device,
@@ -75,6 +74,7 @@ class DiffLoss(nn.Module):
     """
 
     draws: Draws | None
+    value_range: tuple[float, float]
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class DiffLoss(nn.Module):
         self.naturalness_weight = naturalness_weight
         self.semantic_weight = semantic_weight
         self.reduction = reduction
-        self.value_range = check_range("value_range", value_range)
+        self.value_range = value_range  # type: ignore[assignment]  # `__setattr__` makes it a tuple
         self.seed = seed
         self.nonfinite = nonfinite
         self.check_every = check_every
@@ -113,6 +113,8 @@ class DiffLoss(nn.Module):
             value = SETTINGS[name](name, value)
             if name == "check_every" and value is not None and self.evaluator.check is None:
                 raise InputError("check_every needs a bundle and backward='fused': nothing else is held to a tolerance")
+            if name == "check_every" and value is None and isinstance(self.evaluator, FusedEvaluator):
+                self.evaluator.references.clear()
         super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -164,8 +166,7 @@ class DiffLoss(nn.Module):
         }
         check_settings(settings)
         schedule = scheduler if isinstance(scheduler, NoiseSchedule) else NoiseSchedule.from_scheduler(scheduler)
-        tapped = TappedUNet(unet, schedule)
-        return cls(EagerEvaluator(tapped, next(unet.parameters()).device), **settings)
+        return cls(EagerEvaluator(TappedUNet(unet, schedule)), **settings)
 
     @classmethod
     def load(
@@ -306,7 +307,7 @@ class DiffLoss(nn.Module):
                 captured, neither images nor results are checked, and `check_every` does nothing.
             InputTypeError: wrong type, dtype or device.
             BackendError: the terms, or the gradient of backward "fused", are not finite although the images are; or a
-                loss with a seed has to repeat a draw and cannot, see `Draws`.
+                loss with a seed has to repeat a draw and cannot, see `Draws`, or to draw in a CUDA graph's capture.
             ParityError: `check_every` has found wrong results.
 
             With nonfinite "skip", bad values in `restored` or in the results do not raise; see `load`.
@@ -382,6 +383,10 @@ class DiffLoss(nn.Module):
             self._warn_once(RANGE, narrow)
         batch, count = len(restored), len(evaluator.schedule)
         if generator is None and self.draws is not None and (timesteps is None or noise is None):
+            if not values:  # the graph would repeat one draw for ever
+                raise BackendError(
+                    "a DiffLoss with a seed cannot draw while a CUDA graph is captured: pass timesteps and noise"
+                )
             generator = self.draws.generator(self.device)
         drawn_on = generator.device if generator is not None else self.device
         if timesteps is None:
@@ -457,7 +462,9 @@ class DiffLoss(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Called by .to(), .cuda() and the like. The module holds no tensors itself: ask where `fn` would put one.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = fn(torch.empty(0, device=self.device)).device
+        # A loss that was pickled beside a GPU may be read where there is none.
+        there = self.device.type != "cuda" or (self.device.index or 0) < torch.cuda.device_count()
+        device = fn(torch.empty(0, device=self.device if there else "cpu")).device
         if device != self.device:
             self.evaluator = self.evaluator.to(choose_device(device))
         return self

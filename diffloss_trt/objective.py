@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,20 +45,30 @@ def terms_and_cotangents(
     bottleneck [B, c, h, w]; noise [B, C, H, W], or None, and then there is no naturalness and its weight is None.
     The gradients are in float32 at least, and in the order of the arguments.
     """
-    semantic, cotangents = mean_square(bottleneck), [_slope(bottleneck, semantic_weight)]
+    semantic, cotangents = mean_square(bottleneck), [slope(bottleneck, semantic_weight)]
     if noise is None or naturalness_weight is None:
         naturalness = torch.zeros_like(semantic)
         return Terms(semantic_weight * semantic, naturalness, semantic), cotangents
     naturalness = mean_square(noise)
     total = combine(naturalness, semantic, naturalness_weight, semantic_weight)
-    return Terms(total, naturalness, semantic), [*cotangents, _slope(noise, naturalness_weight)]
+    return Terms(total, naturalness, semantic), [*cotangents, slope(noise, naturalness_weight)]
 
 
-def _slope(difference: Tensor, weight: float | Tensor) -> Tensor:
+def slope(difference: Tensor, weight: float | Tensor) -> Tensor:
     """Return the gradient of `weight` times `mean_square`, the weight a number or [B], with respect to `difference`."""
     # By hand: autograd has threads, which a process that was forked from one that has used them cannot have.
     factor = 2 / difference[0].numel() * weight
     return wide(difference) * (per_sample(factor, difference) if isinstance(factor, Tensor) else factor)
+
+
+def normalised(cotangents: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Return a power of two [B], and the cotangents divided by it: of each sample the largest is of order one.
+
+    That is what half precision wants. Behind the UNet's backward, which is linear, the power is multiplied back.
+    """
+    largest = torch.stack([cotangent.flatten(1).abs().amax(1) for cotangent in cotangents], 1).amax(1)
+    size = power_of_two(largest)
+    return size, [cotangent / per_sample(size, cotangent) for cotangent in cotangents]
 
 
 def power_of_two(size: Tensor) -> Tensor:

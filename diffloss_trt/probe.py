@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BundleError, DiffLossError, ParityError
+from diffloss_engine.fp32_precision import fp32_settings
 from diffloss_engine.session import Session
 from diffloss_engine.tensor_files import load_tensors, save_tensors
 from diffloss_trt.contract import (
@@ -245,11 +246,21 @@ def held_to(evaluator: Evaluator, bundle: Bundle) -> str:
 
 
 def _held_to(runs: Session | Evaluator, bundle: Bundle, *, differentiates: bool = False) -> str:
-    if (differentiates or runs.backend in ("torch", "inductor")) and runs.device.type == "cuda":
+    in_pytorch = differentiates or runs.backend in ("torch", "inductor")
+    if in_pytorch and runs.device.type == "cuda":
         # There PyTorch multiplies float32 with the mantissa of fp16 (TF32), unless told not to.
         return "bf16" if bundle.precision == "bf16" else "fp16"
     # On a CPU it widens the weights.
-    return "fp32" if runs.backend == "torch" else bundle.precision
+    precision = "fp32" if runs.backend == "torch" else bundle.precision
+    if in_pytorch:
+        # There it rounds the factors if it is told that it may and the processor can; what is compiled does so too.
+        settings = fp32_settings("mkldnn")
+        allowed = {settings["matmul"], settings["conv"]}
+        if "bf16" in allowed:
+            return "bf16"
+        if "tf32" in allowed and precision == "fp32":
+            return "fp16"
+    return precision
 
 
 def first_beyond(found: Result, expected: Result, allowed: Tolerance) -> Deviation | None:

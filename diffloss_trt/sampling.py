@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -137,7 +138,10 @@ class Annealed:
     def __call__(self, step: int) -> Tensor:
         """Return the density at a training step, [T]; before 0 and beyond `steps` it does not change."""
         done = min(max(step / self.steps, 0.0), 1.0)
-        low, high = (round(first + done * (last - first)) for first, last in zip(self.start, self.end, strict=True))
+        # Halves are rounded up. `round` takes them to the nearest even number, 1.5 and 2.5 both to 2: an empty range.
+        low, high = (
+            math.floor(first + done * (last - first) + 0.5) for first, last in zip(self.start, self.end, strict=True)
+        )
         return _inside(self.density, (low, high))
 
 

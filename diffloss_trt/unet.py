@@ -77,6 +77,11 @@ class TappedUNet(nn.Module):
         return self.unet.conv_in.weight.dtype  # type: ignore[no-any-return]
 
     @property
+    def device(self) -> torch.device:
+        """Where the UNet is, and images are expected."""
+        return self.unet.conv_in.weight.device  # type: ignore[no-any-return]
+
+    @property
     def resolution_multiple(self) -> int:
         """Height and width of an image must be multiples of this."""
         return int(2 ** sum(getattr(block, "downsamplers", None) is not None for block in self.unet.down_blocks))

@@ -33,6 +33,11 @@ EAGER = "eager PyTorch fp32"
 Step = Callable[[], Tensor]
 
 
+class _OnTape(EagerEvaluator):
+    # In half precision too: what its gradient loses there takes no time, and a forward pass more would.
+    on_tape = True
+
+
 @dataclass(frozen=True)
 class BenchRow:
     """One way to compute value and gradient of one batch.
@@ -133,10 +138,7 @@ def _ways(bundle: Bundle, backend: str, device: torch.device) -> dict[str, Calla
         nn.utils.convert_conv2d_weight_memory_format(unet.unet, torch.channels_last)
         if compiled:
             unet.features = torch.compile(unet.features)  # type: ignore[method-assign]
-        evaluator = EagerEvaluator(unet, device)
-        # In half precision too: what its gradient loses there takes no time, and a forward pass more would.
-        evaluator.on_tape = True
-        return step(DiffLoss(evaluator, value_range=(-1.0, 1.0)))
+        return step(DiffLoss(_OnTape(unet), value_range=(-1.0, 1.0)))
 
     # In fp16, and where a CPU does not multiply bf16, it would be slower there than in fp32.
     as_stored = device.type == "cuda" or (bundle.precision == "bf16" and has_bfloat16(device))

@@ -68,7 +68,7 @@ class Reference:
         for graph in (graph for graph in CHECK_WEIGHTS if graph not in self.expected):
             on_stage(f"computing what the {graph} graph should return")
             tapped = self._there()
-            evaluator = EagerEvaluator(tapped, next(tapped.unet.parameters()).device)
+            evaluator = EagerEvaluator(tapped)
             # One sample at a time, for the sake of memory.
             samples = [
                 run_evaluator(evaluator, self.probe.part([row]), CHECK_WEIGHTS[graph], torch.float64)

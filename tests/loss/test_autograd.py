@@ -47,7 +47,7 @@ def by_tape(tapped: TappedUNet, batch: Batch, weights: tuple[float, float]) -> T
 
 
 def test_cotangents_of_the_original_network(golden: Mapping[str, Tensor]) -> None:
-    """By hand: 2 w (a - b) / n; the power of two taken out leaves each sample's largest in [1/2, 1)."""
+    """By hand: 2 w (a - b) / n; the power of two taken out leaves each sample's largest in [1, 2)."""
     restored = Features(golden["h_restored"], golden["eps_restored"][:, :3])
     target = Features(golden["h_target"], golden["eps_target"][:, :3])
     cotangents = Cotangents(restored, target, *WEIGHTS)
@@ -56,11 +56,12 @@ def test_cotangents_of_the_original_network(golden: Mapping[str, Tensor]) -> Non
         (cotangents.noise, 2 * WEIGHTS[0] * (golden["eps_restored"] - golden["eps_target"])[:, :3] / (3 * 32 * 32)),
         (cotangents.bottleneck, 2 * WEIGHTS[1] * (golden["h_restored"] - golden["h_target"]) / (64 * 8 * 8)),
     ]
-    scale = (2.0 ** cotangents.exponent.double()).view(-1, 1, 1, 1)
+    scale = cotangents.size.view(-1, 1, 1, 1)
     for found, expected in pairs:
         torch.testing.assert_close(found * scale, expected, rtol=1e-13, atol=0)
     largest = torch.stack([pair[0].flatten(1).abs().amax(1) for pair in pairs]).amax(0)
-    assert bool(((largest >= 0.5) & (largest < 1)).all())
+    assert bool(((largest >= 1) & (largest < 2)).all())
+    assert bool((torch.frexp(cotangents.size).mantissa == 0.5).all())
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, (1e-12, 1e-15), (1.0, 0.0), (1e4, 1e8)])
@@ -118,7 +119,7 @@ def test_samples_are_scaled_apart(tapped: TappedUNet, batch: Batch) -> None:
     restored, target, noise, timesteps = batch
     closeness = torch.tensor([1.0, 1e-4, 1e-8], dtype=torch.float64).view(3, 1, 1, 1)
     (first, second), _ = features(tapped, (target + closeness * (restored - target), target, noise, timesteps))
-    exponents = Cotangents(first, second, *WEIGHTS).exponent.tolist()
+    exponents = Cotangents(first, second, *WEIGHTS).size.log2().tolist()
     assert exponents[0] > exponents[1] + 8 > exponents[2] + 16
 
 

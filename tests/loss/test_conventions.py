@@ -69,6 +69,21 @@ def test_ground_truth_with_a_gradient_is_detached(bundle: Path, images: Batch) -
     assert truth.grad is None
 
 
+@pytest.mark.parametrize("loss_weight", [1.0, 0.0])
+def test_images_that_are_swapped(bundle: Path, images: Batch, loss_weight: float) -> None:
+    """Their loss is as large, so that without an error nothing would tell that the network gets no gradient."""
+    restored, target, *_ = images
+    leaf = restored.clamp(0, 1).requires_grad_()
+    for criterion in (
+        DiffLossCriterion(bundle, device="cpu", loss_weight=loss_weight),
+        PerceptualDiffLoss(bundle, device="cpu", loss_weight=loss_weight),
+    ):
+        with pytest.raises(InputError, match="the loss has a gradient for its first argument alone"):
+            criterion(target, leaf)
+        with torch.no_grad():
+            criterion(target, leaf)  # as in a validation
+
+
 def test_attributes_that_such_packages_have(bundle: Path) -> None:
     criterion = DiffLossCriterion(bundle, device="cpu")
     assert (criterion.lower_better, criterion.metric_mode) == (True, "FR")

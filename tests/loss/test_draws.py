@@ -219,13 +219,42 @@ def test_a_draw_is_made_where_one_is_needed(make_loss: Callable[[int | None], Di
     assert loss.draws.count == 3
 
 
+def test_no_draw_is_made_while_a_cuda_graph_is_captured(
+    make_loss: Callable[[int | None], DiffLoss], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, other = torch.rand(2, 2, 3, 16, 16)
+    loss = make_loss(5)
+    assert loss.draws is not None
+    monkeypatch.setattr("diffloss_trt.loss._is_capturing", lambda device: device == loss.device)
+    given: dict[str, Any] = {"timesteps": torch.tensor([5, 800]), "noise": torch.randn(2, 3, 16, 16)}
+    for part in ({}, {"timesteps": given["timesteps"]}, {"noise": given["noise"]}):
+        with pytest.raises(BackendError, match="cannot draw while a CUDA graph is captured: pass timesteps and noise"):
+            loss(image, other, **part)
+    assert loss.draws.count == 0
+    loss(image, other, **given)
+
+
 @pytest.mark.gpu
-def test_no_draw_is_recorded_in_a_cuda_graph() -> None:
-    draws = Draws(5)
+def test_no_draw_is_recorded_in_a_cuda_graph(make_loss: Callable[[int | None], DiffLoss]) -> None:
+    loss = make_loss(5).to("cuda")
+    image, other = torch.rand(2, 2, 3, 16, 16, device="cuda")
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")  # PyTorch warns of a graph without anything in it
         with pytest.raises(BackendError, match="cannot draw while a CUDA graph is captured"):
-            draws.generator(torch.device("cuda"))
+            loss(image, other)
+
+
+@pytest.mark.gpu
+def test_it_is_the_capture_of_the_loss_s_own_device_that_counts(make_loss: Callable[[int | None], DiffLoss]) -> None:
+    """Which need not be the current one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    loss = make_loss(5).to("cuda:1")
+    image, other = torch.rand(2, 2, 3, 16, 16, device="cuda:1")
+    with torch.cuda.device(1), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device="cuda:1")
+        with torch.cuda.device(0), pytest.raises(BackendError, match="cannot draw while a CUDA graph is captured"):
+            loss(image, other)
 
 
 class Drawing(Dataset[Tensor]):

@@ -353,6 +353,15 @@ def test_copies_share_sessions_and_pickles_open_their_own(
         assert torch.equal(other_gradient, gradient)
 
 
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_what_is_pickled_or_moved_keeps_its_settings(exported: Exported, cuda_graph: bool) -> None:
+    cpu, elsewhere = torch.device("cpu"), torch.device("cuda", 1)
+    evaluator = FusedEvaluator(Bundle.open(exported[0]), "onnxruntime", cpu, cuda_graph=cuda_graph)
+    for other, device in ((pickle.loads(pickle.dumps(evaluator)), cpu), (evaluator.to(elsewhere), elsewhere)):
+        assert (other.backend, other.device, other.cuda_graph) == ("onnxruntime", device, cuda_graph)
+        assert other.bundle.path == evaluator.bundle.path
+
+
 def test_what_a_pickle_finds_is_checked_anew(exported: Exported, tmp_path: Path) -> None:
     folder = shutil.copytree(exported[0], tmp_path / "bundle")
     pickled = pickle.dumps(DiffLoss.load(folder, "onnxruntime", "cpu", backward="recompute"))
@@ -393,6 +402,19 @@ def test_a_loss_may_be_moved_to_where_its_backend_cannot_run(exported: Exported,
     evaluator = kind(Bundle.open(exported[0]), "tensorrt", cpu).to(cpu)
     with pytest.raises(BackendUnavailableError, match="tensorrt needs a GPU"):
         evaluator.evaluate(*batch, (1.0, 1.0))
+
+
+@pytest.mark.parametrize("kind", [FusedEvaluator, RecomputeEvaluator])
+def test_a_loss_that_was_pickled_beside_a_gpu_that_is_not_here(exported: Exported, batch: Batch, kind: Any) -> None:
+    """It is read all the same, and can be moved."""
+    elsewhere = torch.device("cuda", 99)
+    pickled = pickle.dumps(DiffLoss(kind(Bundle.open(exported[0]), "onnxruntime", elsewhere), value_range=(-1, 1)))
+    loss: DiffLoss = pickle.loads(pickled)
+    assert loss.device == elsewhere
+    loss.to("cpu")
+    assert loss.device == torch.device("cpu")
+    value, _ = value_and_gradient(loss, batch, torch.float32)
+    assert value.isfinite()
 
 
 @pytest.mark.parametrize("backward", ["fused", "recompute"])

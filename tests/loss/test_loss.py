@@ -264,6 +264,39 @@ def test_copies_give_the_same_values(scheduler: Any, batch: Batch) -> None:
     assert copy.deepcopy(loss).evaluator is loss.evaluator  # weights are held once
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_unet_that_is_cast_afterwards(dtype: torch.dtype, scheduler: Any, make_batch: Callable[..., Batch]) -> None:
+    """It is the user's; in half precision its own tape would flush cotangents of these weights to zero."""
+    unet, batch = make_unet(dtype=torch.float32), make_batch(dtype=torch.float32)
+    loss = make_loss(unet, scheduler)
+    gradient_of(loss, batch)
+    unet.to(dtype)
+    gradient = gradient_of(loss, batch)
+    assert gradient.flatten(1).any(1).all()
+    assert torch.equal(gradient, gradient_of(make_loss(make_unet(dtype=dtype), scheduler), batch))
+
+
+def test_a_unet_that_is_moved_afterwards(scheduler: Any, make_batch: Callable[..., Batch]) -> None:
+    """To "meta", where nothing is computed, as it could be to a GPU."""
+    unet, batch = make_unet(dtype=torch.float32), make_batch(dtype=torch.float32)
+    loss = make_loss(unet, scheduler)
+    unet.to("meta")
+    assert loss.device == torch.device("meta")
+    with pytest.raises(InputTypeError, match="restored is on cpu; expected meta, where the loss is"):
+        loss(*batch[:2])
+
+
+@pytest.mark.gpu
+def test_a_unet_that_is_moved_to_a_gpu_afterwards(scheduler: Any, make_batch: Callable[..., Batch]) -> None:
+    unet, batch = make_unet(), make_batch()
+    loss = make_loss(unet, scheduler)
+    expected = gradient_of(loss, batch)
+    unet.cuda()
+    restored, target, noise, timesteps = (tensor.cuda() for tensor in batch)
+    found = gradient_of(loss, (restored, target, noise, timesteps)).cpu()
+    assert (found - expected).norm() < 1e-10 * expected.norm()
+
+
 def test_scheduler_or_schedule(batch: Batch) -> None:
     unet, scheduler = make_unet(), DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="sample")
     known: dict[str, Any] = {"noise": batch[2], "timesteps": batch[3]}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffloss_trt.objective import combine, mean_square, terms_and_cotangents
+from diffloss_trt.objective import combine, mean_square, normalised, terms_and_cotangents
 
 
 def test_terms_are_the_original_ones(golden: Mapping[str, Tensor]) -> None:
@@ -50,6 +50,16 @@ def test_cotangents_are_the_gradient(with_noise: bool, weigh: Callable[[float], 
         torch.testing.assert_close(found, expected.detach(), rtol=1e-14, atol=0)
     for found, expected in zip(cotangents, torch.autograd.grad(total.sum(), leaves), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_normalised_by_hand(dtype: torch.dtype) -> None:
+    first = torch.tensor([[[[1.5, -12.0]]], [[[2.0**-60, 0.0]]], [[[0.0, 0.0]]]], dtype=dtype)
+    second = torch.tensor([[[[4.0]]], [[[-5 * 2.0**-60]]], [[[0.0]]]], dtype=dtype)
+    size, (of_first, of_second) = normalised([first, second])
+    assert size[:2].tolist() == [8.0, 2.0**-58]
+    assert of_first.flatten().tolist() == [0.1875, -1.5, 0.25, 0.0, 0.0, 0.0]
+    assert of_second.flatten().tolist() == [0.5, -1.25, 0.0]
 
 
 def test_combine_by_hand() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BackendUnavailableError, BundleError, IntegrityError, ParityError
+from diffloss_engine.fp32_precision import fp32_precision
 from diffloss_engine.plan_cache import PlanCache
 from diffloss_engine.trt_build import FLAVOURS, build_plan
 from diffloss_trt import DiffLoss, NoiseSchedule
@@ -315,6 +316,35 @@ def test_tf32_is_allowed_for_where_pytorch_multiplies(
     runs: Any = SimpleNamespace(device=torch.device(device), backend=backend, backward=backward)
     bundle: Any = SimpleNamespace(precision=precision)
     assert held_to(runs, bundle) == held
+
+
+@pytest.mark.parametrize(
+    ("backend", "backward", "precision", "held"),
+    [
+        ("torch", "fused", "fp32", ("fp32", "fp16", "bf16")),
+        ("torch", "recompute", "fp16", ("fp32", "fp16", "bf16")),
+        ("inductor", "fused", "fp32", ("fp32", "fp16", "bf16")),
+        ("inductor", "fused", "fp16", ("fp16", "fp16", "bf16")),
+        ("inductor", "fused", "bf16", ("bf16", "bf16", "bf16")),
+        ("onnxruntime", "recompute", "fp32", ("fp32", "fp16", "bf16")),
+        ("onnxruntime", "fused", "fp32", ("fp32", "fp32", "fp32")),
+    ],
+)
+@pytest.mark.parametrize("operation", ["matmul", "conv"])
+def test_what_a_trainer_lets_pytorch_round_on_a_cpu_is_allowed_for(
+    backend: str, backward: str, precision: str, held: tuple[str, ...], operation: str
+) -> None:
+    """As `torch.set_float32_matmul_precision` allows it for matrix products; afterwards everything is as it was."""
+    runs: Any = SimpleNamespace(device=torch.device("cpu"), backend=backend, backward=backward)
+    bundle: Any = SimpleNamespace(precision=precision)
+    setting = getattr(torch.backends.mkldnn, operation)
+    found = []
+    with fp32_precision("ieee"):
+        assert held_to(runs, bundle) == held[0]
+        for allowed in ("tf32", "bf16"):
+            setting.fp32_precision = allowed
+            found.append(held_to(runs, bundle))
+    assert tuple(found) == held[1:]
 
 
 def test_only_the_first_place_is_the_first_timestep_however_short_the_schedule() -> None:

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,33 @@ def test_a_session_of_another_bundle(exported: Exported, tmp_path: Path) -> None
     )
     with pytest.raises(ParityError, match=said(2, "onnxruntime", "gradient")):
         loss(*images(1))
+
+
+def test_one_reference_is_kept_at_a_time(exported: Exported) -> None:
+    """A second UNet in fp32 is what `check_every` costs; and nothing once it is switched off."""
+    loss = traced(exported[0], BOTH, check_every=1)
+    evaluator: Any = loss.evaluator
+    weights = []
+
+    def reference() -> Any:
+        (session,) = evaluator.references.values()
+        return weakref.ref(session._program)
+
+    for naturalness_weight in (0.0, 1.0):
+        loss.naturalness_weight = naturalness_weight
+        loss(*images(0))
+        weights.append(reference())
+    assert evaluator.references.keys() == {"gradient"}
+    assert weights[0]() is None
+    loss.check_every = 2
+    assert reference() == weights[1]
+    loss.check_every = None
+    assert not evaluator.references
+    assert weights[1]() is None
+    loss(*images(0))
+    loss.check_every = 1
+    loss(*images(0))
+    assert evaluator.references
 
 
 class Miscompiled(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -115,6 +116,14 @@ def test_annealing_narrows_the_range_with_the_step() -> None:
         assert has_density(draw(density, step=step), expected)
     assert not has_density(draw(density, step=500), uniform_range(SCHEDULE))
     assert not has_density(draw(density, step=0), density(500))
+
+
+def test_a_range_that_moves_is_never_empty() -> None:
+    """Nor is one of constant width ever wider or narrower: both its bounds are rounded alike."""
+    density = uniform_range(SCHEDULE)
+    for steps, width, first, last in product(range(1, 9), (1, 2), (1, 2, 9), (1, 2, 4, 7)):
+        annealed = Annealed(density, (first, first + width), (last, last + width), steps)
+        assert [int(annealed(step).count_nonzero()) for step in range(steps + 1)] == [width] * (steps + 1)
 
 
 def test_annealing_keeps_proportions_inside_the_range() -> None:
