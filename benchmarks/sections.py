@@ -110,11 +110,13 @@ def loss_step(content: Content, picture: str | None = None, *, brief: bool = Fal
     ]
 
 
-# By what a CPU multiplies bf16 with, if it does: on that the choice of a precision depends. The first that it has.
+# By what a CPU multiplies with: on that the choice of a precision depends. The first that it has.
 _KINDS_OF_CPU: Final = {
     "amx_bf16": ", on a CPU with AMX",
     "avx512_bf16": ", on a CPU with AVX-512 BF16",
-    "": ", on a CPU that does not multiply bf16",
+    "avx512f": ", on a CPU with AVX-512, without bf16",
+    "avx2": ", on a CPU with AVX2, without bf16",
+    "": ", on a CPU",
 }
 
 
