@@ -196,7 +196,7 @@ def hot_spots(content: Content) -> list[str]:
         cells = (f"{row['ms']:.4g}", f"{share:.0%}", f"{speed / 1e9:.0f}", of_ceiling, f"{1 / share:.2f}")
         lines.append([f"{row['way']}, {row['precision']}", *cells])
     return [
-        f"## Where the time goes: {title(content['configuration'])}",
+        f"## Where the time goes: {title(content['configuration'])}{_kind_of_cpu(content)}",
         f"Profile of a step of the loss; {_machine(content)}; "
         f"`python benchmarks/hot_spots.py {content['configuration']}`.",
         markdown_table(header, lines),
