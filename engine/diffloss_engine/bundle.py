@@ -157,5 +157,5 @@ def _reopen(path: Path, manifest: str) -> Bundle:
     """Open a bundle that was pickled; hashes are checked anew. Raises IntegrityError if it is another one by now."""
     bundle = Bundle.open(path)
     if bundle._manifest.to_text() != manifest:
-        raise IntegrityError(f"{path} holds another bundle than it did when this was pickled: load that anew")
+        raise IntegrityError(f"{path} holds another bundle than when this was pickled: load the loss again")
     return bundle

@@ -50,8 +50,8 @@ class GraphedSession:
                     self._made = session(self._given)
             except RuntimeError as error:
                 raise CaptureError(
-                    f"{self.backend} cannot be recorded as a CUDA graph: {error}; begin anew, in another process, "
-                    "without cuda_graph=True: in this one PyTorch may go on believing that it records"
+                    f"{self.backend} cannot be recorded as a CUDA graph: {error}; start again in a new process, "
+                    "without cuda_graph=True: in this one PyTorch may still believe that it is recording"
                 ) from error
             self._graph: torch.cuda.CUDAGraph | None = graph
             self._done = torch.cuda.Event()

@@ -59,7 +59,7 @@ class OrtSession:
         provider_options: Mapping[str, str] | None = None,
     ) -> None:
         if provider_options and device.type != "cuda":
-            raise InputError(f"on device {device} ONNX Runtime takes no provider_options, and would not say so")
+            raise InputError(f"on device {device} ONNX Runtime would silently ignore provider_options")
         runtime = import_runtime()
         provider = _usable_provider(runtime, backend, device)
         self.backend = backend
@@ -82,7 +82,7 @@ class OrtSession:
         if provider not in session.get_providers():
             raise BackendUnavailableError(
                 f"ONNX Runtime opened {graph_file} with {session.get_providers()}, without the {provider} asked for; "
-                "on a GPU it needs a PyTorch that was built for the same first number of CUDA (docs/gpu.md)"
+                "on a GPU it needs a PyTorch that was built for the same major version of CUDA (docs/gpu.md)"
             )
         _compare(graph_file, "inputs", session.get_inputs(), self.inputs)
         _compare(graph_file, "outputs", session.get_outputs(), self.outputs)

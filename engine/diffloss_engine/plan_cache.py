@@ -217,7 +217,7 @@ class PlanCache:
             return error
         finally:
             with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+                partial.unlink()
         return None
 
     def _set_aside(self, key: Key, reason: str) -> None:

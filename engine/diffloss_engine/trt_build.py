@@ -204,7 +204,7 @@ def build_addition(trt: ModuleType) -> memoryview:
 
 def _set_timings(flavour: str, config: Any, logger: Any, file: Path) -> Any:
     if flavour == "tensorrt-rtx":
-        raise BackendUnavailableError("tensorrt-rtx times no kernels when it builds; a timing cache is not taken")
+        raise BackendUnavailableError("tensorrt-rtx times no kernels when it builds, so it cannot use a timing cache")
     if not file.parent.is_dir():
         raise InputError(f"the timing cache {file} cannot be written: there is no folder {file.parent}")
     timings = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
@@ -275,7 +275,7 @@ def _set_compute_capabilities(trt: ModuleType, flavour: str, config: Any, wanted
     known = getattr(trt, "ComputeCapability", None)
     if known is None:
         raise BackendUnavailableError(
-            f"{flavour} builds for the GPU that is here alone; compute capabilities are not taken"
+            f"{flavour} builds only for the GPU in this machine; compute capabilities are for tensorrt-rtx"
         )
     names = {name: value for name, value in known.__members__.items() if name.startswith("SM")}
     keys = [f"SM{capability.replace('.', '')}" for capability in wanted]

@@ -102,7 +102,7 @@ def compiled_graphs(bundle: Bundle) -> Sequence[str]:
     """Return the names of the graphs that inductor compiles. Raises BackendUnavailableError if there are none."""
     names = [name for name in (GRADIENT, SEMANTIC_GRADIENT) if name in bundle.graphs]
     if not names:
-        raise BackendUnavailableError(f"{bundle.path} has no gradient graph, and inductor compiles these alone")
+        raise BackendUnavailableError(f"{bundle.path} has no gradient graph, and inductor compiles only those")
     return names
 
 

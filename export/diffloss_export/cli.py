@@ -367,7 +367,7 @@ def _build(args: argparse.Namespace) -> int:
             )
         )
     for plan in plans:
-        how = "was there" if plan.seconds is None else f"built in {plan.seconds:.1f} s"
+        how = "in the cache" if plan.seconds is None else f"built in {plan.seconds:.1f} s"
         print(f"{plan.graph}: {plan.bytes / 2**20:.1f} MiB, {how}")
     print(f"the plans are in {cache.folder}")
     return 0
@@ -414,7 +414,7 @@ def _inspect(args: argparse.Namespace) -> int:
         print(json.dumps(description, indent=2, sort_keys=True))
         return 0
     unet = bundle.unet
-    print(f"{bundle.path}: format {bundle.format_version}, every hash right")
+    print(f"{bundle.path}: format {bundle.format_version}, all hashes match")
     print(f"  {unet['class']}, {unet['parameters']:,} parameters, sha256 {unet['sha256'][:16]}...")
     print(f"  {bundle.resolution[0]}x{bundle.resolution[1]}, batch {bundle.batch_size}, {bundle.precision}")
     for graph in bundle.graphs.values():

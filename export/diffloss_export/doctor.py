@@ -134,7 +134,7 @@ def advise(report: Report) -> list[str]:
             + (", compiled by inductor." if compiled else ", once there is a C++ compiler for inductor.")
         )
     if not advice and "error" not in report.get("bundle", {}):
-        advice.append("Nothing that auto would take first is missing.")
+        advice.append("No backend that auto would prefer is missing.")
     return advice
 
 

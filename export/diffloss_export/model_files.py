@@ -84,7 +84,7 @@ def read_pickle(file: IO[bytes], path: Path) -> dict[str, Tensor]:
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ModelError(
-                f"{path}: holds {_named(tensor)} under {name!r}, expected a state dict: tensors by name, these alone"
+                f"{path}: holds {_named(tensor)} under {name!r}, expected a state dict: only tensors, by name"
             )
     return content
 

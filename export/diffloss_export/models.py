@@ -135,7 +135,7 @@ def load_model(
 def _refuse(given: Mapping[str, object], source: str, why: str) -> None:
     for name, value in given.items():
         if value is not None:
-            raise InputError(f"{name} {why}, and was given for {source!r}")
+            raise InputError(f"{name} {why}; the model is {source!r}")
 
 
 def _load_checkpoint(source: str, flags: AdmFlags, sha256: str | None, class_label: int | None) -> LoadedModel:

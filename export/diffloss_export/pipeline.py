@@ -43,7 +43,7 @@ Stage = Callable[[str], None]
 # Such a UNet predicts nearly what it is given, so that noise is a difference of near-equals.
 _SAMPLE_NOTE = (
     "of a UNet that predicts the sample, the gradient of smooth differences is less exact in {precision} at small "
-    "timesteps (docs/models.md); fp32 has no such trouble"
+    "timesteps (docs/models.md); fp32 is not affected"
 )
 
 

@@ -81,7 +81,7 @@ def test_a_pickled_bundle_verifies_its_files_anew(bundle: Bundle) -> None:
     with pytest.raises(IntegrityError, match=r"conv\.weights was altered"):
         pickle.loads(pickled).verify_hashes()
     edit(bundle, lambda manifest: manifest["files"]["conv.weights"].update(sha256=file_sha256(weights)))
-    with pytest.raises(IntegrityError, match="holds another bundle than it did when this was pickled"):
+    with pytest.raises(IntegrityError, match="holds another bundle than when this was pickled"):
         pickle.loads(pickled)
 
 
@@ -265,7 +265,7 @@ def test_graph_paths_that_leave_the_folder_are_refused(bundle: Bundle, field: st
         (["batch_size"], None, "batch_size is null"),
         (["precision"], "int8", "precision is 'int8', expected one of fp32, fp16, bf16"),
         (["graphs"], [], "graphs is an array"),
-        (["graphs", "../x"], {}, "graph '../x'"),
+        (["graphs", "../x"], {}, r"graph '../x': the name may hold"),
         (["graphs", "conv"], None, "graph 'conv' is null"),
         (["graphs", "conv", "nodes"], "2", "graph 'conv': nodes is a string"),
         (["graphs", "conv", "inputs"], {}, "graph 'conv': inputs is an object"),

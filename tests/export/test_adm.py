@@ -642,7 +642,7 @@ def test_pinned_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", [{"adm_flags": {}}, {"sha256": "0" * 64}])
 def test_arguments_of_checkpoints_alone(given: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="is for guided-diffusion checkpoints only, and was given for 'builtin'"):
+    with pytest.raises(InputError, match="is for guided-diffusion checkpoints only; the model is 'builtin'"):
         load_model("builtin", **given)
 
 

@@ -387,7 +387,7 @@ def test_inspect_prints_one_object(run: Run, bundle: Bundle) -> None:
 def test_inspect_in_words(run: Run, bundle: Bundle) -> None:
     status, out, err = run("inspect", bundle.path)
     assert (status, err) == (0, "")
-    assert "format 1, every hash right" in out
+    assert "format 1, all hashes match" in out
     assert "16x16, batch 2, fp32" in out
     assert "in  noisy float32 [2, 3, 16, 16]" in out
     assert "out noise float32 [2, 3, 16, 16]" in out

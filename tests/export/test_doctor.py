@@ -234,7 +234,7 @@ def test_a_bundle_that_is_none_is_wrong_input(tmp_path: Path) -> None:
     assert stages(done.stderr) == ["trying each backend", loading(tmp_path / "none")]
     out = " ".join(done.stdout.split())
     assert f"This bundle: {tmp_path / 'none'} does not exist" in out
-    assert "Nothing that auto would take first is missing." not in out
+    assert "No backend that auto would prefer is missing." not in out
 
 
 GPU = {"name": "RTX 4090", "driver": "580.95", "compute_capability": "8.9", "memory": "24564 MiB"}
@@ -257,8 +257,8 @@ CPU: Report = {
 @pytest.mark.parametrize(
     ("report", "changes", "parts"),
     [
-        (BEST, {}, ["Nothing that auto would take first is missing."]),
-        (BEST, {"backends.tensorrt": NONE, "backends.tensorrt-rtx": ALL}, ["Nothing that auto"]),
+        (BEST, {}, ["No backend that auto would prefer is missing."]),
+        (BEST, {"backends.tensorrt": NONE, "backends.tensorrt-rtx": ALL}, ["No backend that auto would prefer"]),
         (BEST, {"backends.tensorrt": NONE}, ["TensorRT, which does not run here: install '.[gpu]'"]),
         (
             BEST,
@@ -266,8 +266,8 @@ CPU: Report = {
             ["install '.[gpu]', which has 'onnxruntime-gpu' in the place of 'onnxruntime'."],
         ),
         (BEST, {"packages": {"onnxruntime": "1", "onnxruntime-gpu": "1"}}, ["uninstall both"]),
-        (CPU, {}, ["Nothing that auto"]),
-        (CPU, {"bundle": {"backend": "onnxruntime"}}, ["Nothing that auto"]),
+        (CPU, {}, ["No backend that auto would prefer"]),
+        (CPU, {"bundle": {"backend": "onnxruntime"}}, ["No backend that auto would prefer"]),
         (CPU, {"bundle": {"error": "no bundle", "status": 2}}, []),
         (CPU, {"gpus": [GPU]}, ["There is a GPU (RTX 4090), but this PyTorch is built for CPUs"]),
         (

@@ -182,6 +182,7 @@ def test_timesteps_are_where_the_loss_is() -> None:
         partial(Annealed, uniform_range(SCHEDULE), (0, COUNT), (0, 10), 0),
         partial(Annealed, uniform_range(SCHEDULE), (0, COUNT), (0, 0), 5),
         partial(Annealed, uniform_range(SCHEDULE, 500), (0, COUNT), (0, 100), 5),
+        partial(Annealed, uniform_range(SCHEDULE, 500), (0, 100), (0, COUNT), 1),
         partial(Annealed, uniform_range(SCHEDULE), (0, COUNT), (0, 10), math.inf),  # type: ignore[arg-type]
         lambda: TimestepSampler(uniform_range(SCHEDULE))(0),
         partial(TimestepSampler, uniform_range(SCHEDULE), device="bogus"),
