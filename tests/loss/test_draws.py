@@ -36,6 +36,11 @@ def test_draws_follow_from_the_seed_alone() -> None:
     assert rows.unique().numel() == rows.numel()
 
 
+def test_draws_do_not_depend_on_the_default_device() -> None:
+    with torch.device("meta"):
+        assert torch.equal(Draws(5).generator(CPU).get_state(), Draws(5).generator(CPU).get_state())
+
+
 def test_one_number_is_taken_from_the_global_generator() -> None:
     state = torch.get_rng_state()
     draw(Draws(5), 1)
