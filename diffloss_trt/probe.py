@@ -246,21 +246,18 @@ def held_to(evaluator: Evaluator, bundle: Bundle) -> str:
 
 
 def _held_to(runs: Session | Evaluator, bundle: Bundle, *, differentiates: bool = False) -> str:
-    in_pytorch = differentiates or runs.backend in ("torch", "inductor")
-    if in_pytorch and runs.device.type == "cuda":
+    if not differentiates and runs.backend not in ("torch", "inductor"):
+        return bundle.precision
+    if runs.device.type == "cuda":
         # There PyTorch multiplies float32 with the mantissa of fp16 (TF32), unless told not to.
         return "bf16" if bundle.precision == "bf16" else "fp16"
-    # On a CPU it widens the weights.
-    precision = "fp32" if runs.backend == "torch" else bundle.precision
-    if in_pytorch:
-        # There it rounds the factors if it is told that it may and the processor can; what is compiled does so too.
-        settings = fp32_settings("mkldnn")
-        allowed = {settings["matmul"], settings["conv"]}
-        if "bf16" in allowed:
-            return "bf16"
-        if "tf32" in allowed and precision == "fp32":
-            return "fp16"
-    return precision
+    # On a CPU it rounds the factors if it is told that it may and the processor can; what is compiled does so too.
+    settings = fp32_settings("mkldnn")
+    allowed = {settings["matmul"], settings["conv"]}
+    if "bf16" in allowed:
+        return "bf16"
+    precision = "fp32" if runs.backend == "torch" else bundle.precision  # it widens the weights
+    return "fp16" if "tf32" in allowed and precision == "fp32" else precision
 
 
 def first_beyond(found: Result, expected: Result, allowed: Tolerance) -> Deviation | None:

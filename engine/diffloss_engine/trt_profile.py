@@ -10,10 +10,9 @@ from types import ModuleType
 from typing import Any
 
 from diffloss_engine.errors import BackendError, BackendUnavailableError
-from diffloss_engine.memory import memory_advice
 from diffloss_engine.tensors import TensorSpec
 from diffloss_engine.trt_build import import_flavour, make_runtime, recording_logger
-from diffloss_engine.trt_session import RefusedPlanError
+from diffloss_engine.trt_session import load_engine
 
 _WARM_UPS = 10
 _LAYER_RUNS = 10
@@ -62,27 +61,23 @@ def profile_plan(plan: bytes | memoryview, *, inputs: Sequence[TensorSpec], flav
     Inputs go from pinned memory to the GPU before each run, outside of what is timed by events around it. Raises
     BackendUnavailableError if there is no GPU, RefusedPlanError if the plan is not for it, BackendError if it fails.
     """
-    driver, trt = import_driver(), import_flavour(flavour)
+    driver = import_driver()
     # The one that everything in this process shares, torch too if it is there.
     primary = driver.Device(0).retain_primary_context()
     primary.push()
     try:
-        return _measure(driver, trt, plan, inputs, runs)
+        return _measure(driver, flavour, plan, inputs, runs)
     finally:
         primary.pop()
 
 
 def _measure(
-    driver: ModuleType, trt: ModuleType, plan: bytes | memoryview, specs: Sequence[TensorSpec], runs: int
+    driver: ModuleType, flavour: str, plan: bytes | memoryview, specs: Sequence[TensorSpec], runs: int
 ) -> Profile:
+    trt = import_flavour(flavour)
     logger = recording_logger(trt)
     runtime = make_runtime(trt, logger)
-    engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        reason = logger.take()
-        if advice := memory_advice(reason, specs):  # the plan is not at fault
-            raise BackendError(f"{trt.__name__} could not load the plan: {reason}{advice}")
-        raise RefusedPlanError(f"{trt.__name__} {trt.__version__} refuses the plan: {reason}")
+    engine = load_engine(flavour, runtime, logger, plan, specs)
     context = engine.create_execution_context()
     if context is None:
         raise BackendError(f"{trt.__name__} could not make an execution context: {logger.take()}")

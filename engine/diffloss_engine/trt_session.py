@@ -77,12 +77,7 @@ class TrtSession:
         with torch.cuda.device(self.device):
             self._stream = torch.cuda.Stream()
             self._runtime = make_runtime(trt, self._logger)
-            engine = self._runtime.deserialize_cuda_engine(plan)
-            if engine is None:
-                reason = self._logger.take()
-                if advice := memory_advice(reason, self.inputs):  # with a plan built anew there would be no more of it
-                    raise BackendError(f"{flavour} could not load the plan: {reason}{advice}")
-                raise RefusedPlanError(f"{flavour} {trt.__version__} refuses the plan: {reason}")
+            engine = load_engine(flavour, self._runtime, self._logger, plan, self.inputs)
             _compare(trt, engine, self.inputs, self.outputs)
             inspector = engine.create_engine_inspector()
             context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
@@ -175,6 +170,17 @@ def open_plan(
 
     with torch.cuda.device(device):
         return open_kept_or_built(cache, key, build, load, capability=capability)
+
+
+def load_engine(flavour: str, runtime: Any, log: Any, plan: Plan, inputs: Sequence[TensorSpec]) -> Any:
+    """Return the engine of a plan. Raises RefusedPlanError if it is refused, BackendError if memory ran out."""
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        reason = log.take()
+        if advice := memory_advice(reason, inputs):  # with a plan built anew there would be no more of it
+            raise BackendError(f"{flavour} could not load the plan: {reason}{advice}")
+        raise RefusedPlanError(f"{flavour} {import_flavour(flavour).__version__} refuses the plan: {reason}")
+    return engine
 
 
 def check_gpu(flavour: str) -> None:

@@ -298,6 +298,14 @@ def test_every_field_is_required(bundle: Bundle, key: str) -> None:
         Bundle.open(edit(bundle, lambda fields: fields.pop(key)))
 
 
+def nested_in_subgraphs(node: NodeProto) -> NodeProto:
+    """Return a node that runs `node`, which makes y, in a subgraph of a subgraph."""
+    for _ in range(2):
+        branch = helper.make_graph([node], "b", [], [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])])
+        node = helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
+    return node
+
+
 @pytest.fixture
 def hostile(
     tmp_path: Path, save_graph: Callable[..., Graph], external_tensor: Callable[..., TensorProto]
@@ -310,12 +318,12 @@ def hostile(
             (writer.path / "other.bin").write_bytes(bytes(16))
             weight = external_tensor("w", "float32", (4,), **entries)
             if nested:
-                constant = helper.make_node("Constant", [], ["w"])
+                constant = helper.make_node("Constant", [], ["y"])
                 constant.attribute.append(helper.make_attribute("value", weight))
-                branch = helper.make_graph([constant], "b", [], [helper.make_tensor_value_info("w", 1, [4])])
-                condition = helper.make_tensor("c", TensorProto.BOOL, [], [True])
-                nodes = [helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)]
-                initializers = [condition]
+                nodes, initializers = (
+                    [nested_in_subgraphs(constant)],
+                    [helper.make_tensor("c", TensorProto.BOOL, [], [True])],
+                )
             else:
                 nodes, initializers = [helper.make_node("Add", ["x", "w"], ["y"])], [weight]
             graph = save_graph(
@@ -392,14 +400,6 @@ def bundle_of(tmp_path: Path, save_graph: Callable[..., Graph]) -> Callable[...,
     return bundle_of
 
 
-def nested(node: NodeProto) -> NodeProto:
-    """Return a node that runs `node`, which makes y, in a subgraph of a subgraph."""
-    for _ in range(2):
-        branch = helper.make_graph([node], "b", [], [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])])
-        node = helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
-    return node
-
-
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("domain", ["com.microsoft", "ai.onnx.ml", "AI.ONNX", " "])
 def test_operations_that_are_not_onnxs_own_are_refused(
@@ -408,7 +408,7 @@ def test_operations_that_are_not_onnxs_own_are_refused(
     node = helper.make_node("EPContext", ["x"], ["y"], name="engine", domain=domain)
     # An engine of TensorRT, which ONNX Runtime would run.
     node.attribute.append(helper.make_attribute("ep_cache_context", "machine code"))
-    bundle = bundle_of([nested(node) if wrapped else node])
+    bundle = bundle_of([nested_in_subgraphs(node) if wrapped else node])
     with pytest.raises(BundleError, match=rf"g\.onnx: node 'engine' is the operation 'EPContext' of '{domain}'"):
         bundle.graph_file("g")
 
@@ -417,7 +417,7 @@ def test_operations_that_are_not_onnxs_own_are_refused(
 @pytest.mark.parametrize("domain", ["", "ai.onnx"])
 def test_onnxs_own_operations_are_accepted(bundle_of: Callable[..., Bundle], domain: str, wrapped: bool) -> None:
     node = helper.make_node("Neg", ["x"], ["y"], domain=domain)
-    assert bundle_of([nested(node) if wrapped else node]).graph_file("g").name == "g.onnx"
+    assert bundle_of([nested_in_subgraphs(node) if wrapped else node]).graph_file("g").name == "g.onnx"
 
 
 @pytest.mark.parametrize("domain", ["", "ai.onnx", "own"])
