@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from diffloss_engine.exclusive import exclusive
+
+aten = torch.ops.aten
 
 Tensors = dict[str, Tensor]
 
@@ -46,6 +49,11 @@ class TracedProgram:
         """Trace `function` on tensors that look like these; nothing is computed."""
         with exclusive:
             module = make_fx(function, tracing_mode="fake")(inputs, weights, constants)
+        # In which layout a convolution's result lies is decided anew wherever the program runs: torch.export, for one,
+        # expects another from a GPU than cuDNN gives. A view would be an error where the layout does not allow it.
+        for view in (aten.view.default, aten._unsafe_view.default):
+            for node in module.graph.find_nodes(op="call_function", target=view):
+                node.target = aten.reshape.default
         module.graph.eliminate_dead_code()
         module.recompile()
         return cls(name, module, inputs, tuple(weights), constants, outputs)

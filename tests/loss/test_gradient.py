@@ -212,6 +212,15 @@ def test_samples_do_not_see_each_other(precision: str) -> None:
     check(Result(*(part[1:] for part in found)), Result(*(part[1:] for part in expected)), DIFFERENCE[precision])
 
 
+def test_memory_layout_does_not_matter() -> None:
+    """A GPU's convolutions return other layouts than those of the machine, or of the mode, that traced the program."""
+    unet = unet_of("adm", torch.float64)
+    program, probe = traced("adm", torch.float64, 3), probe_of(unet, FEW)
+    expected = run(program, unet, probe)
+    found = run(program, copy.deepcopy(unet).to(memory_format=torch.channels_last), probe)
+    check(found, expected, EXACT)
+
+
 def test_operation_without_a_rule_is_named() -> None:
     tapped = TappedUNet(make_unet(act_fn="gelu"), make_schedule())
     with pytest.raises(ModelError, match=r"aten\.gelu\.default has no difference form"):
