@@ -290,7 +290,7 @@ class FusedEvaluator(_BundleEvaluator):
         )
 
         def make() -> bytes:
-            check_compiler()  # before a large UNet is read and traced
+            check_compiler(self.device)  # before a large UNet is read and traced
             return compile_program(*self.trace(name, self.dtype))
 
         return key, make

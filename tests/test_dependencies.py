@@ -30,12 +30,12 @@ CI_MACHINE = {
     "python_version": "3.11",
     "sys_platform": "linux",
 }
-# What provides a module that a machine without a GPU lacks; Triton comes with the torch of GPUs.
-PROVIDERS = {"pycuda": "pycuda", "tensorrt": "tensorrt", "triton": "torch"}
+# What provides a module that a machine without a GPU lacks.
+PROVIDERS = {"pycuda": "pycuda", "tensorrt": "tensorrt"}
 # Both are the module onnxruntime.
 EITHER = {"onnxruntime-gpu": "onnxruntime"}
-# Imported under names that are looked up: in `diffloss_engine.trt_build`.
-LOOKED_UP = {"tensorrt", "tensorrt-rtx-cu13"}
+# Imported under names that are looked up, in `diffloss_engine.trt_build`, or read by a compiler.
+LOOKED_UP = {"nvidia-cuda-cccl", "tensorrt", "tensorrt-rtx-cu13"}
 
 
 def requirements(*extras: str) -> Iterator[Requirement]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffloss_engine import inductor_cpu
+from diffloss_engine import inductor_cpu, inductor_cuda
 from diffloss_engine.errors import BackendUnavailableError, first_line
 from diffloss_engine.exclusive import exclusive
 from diffloss_engine.forking import ProcessLock, unforked
@@ -24,8 +27,12 @@ from diffloss_engine.tensors import TensorSpec, on_device
 from diffloss_engine.torch_session import TorchSession
 
 
-def check_compiler() -> None:
-    """Raise BackendUnavailableError if there is no C++ compiler, which inductor needs for a GPU too."""
+def check_compiler(device: torch.device) -> None:
+    """Raise BackendUnavailableError if inductor finds no C++ compiler, or cannot compile for a GPU what it links.
+
+    For a GPU a small program is compiled, the first time: what is missing there, such as a header or a library, would
+    otherwise show after all of a large program's kernels have been compiled. Takes seconds.
+    """
     with unforked():
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -34,6 +41,18 @@ def check_compiler() -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise BackendUnavailableError(f"inductor cannot compile here: {first_line(error)}") from error
+    if device.type == "cuda":
+        _compile_addition(device)
+
+
+@functools.cache
+def _compile_addition(device: torch.device) -> None:
+    compile_program(_Addition(), [torch.zeros(2, device=device)])
+
+
+class _Addition(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x + 1,)
 
 
 def compile_program(program: nn.Module, inputs: Sequence[Tensor]) -> bytes:
@@ -42,7 +61,8 @@ def compile_program(program: nn.Module, inputs: Sequence[Tensor]) -> bytes:
     The weights become part of the result, in the layout that the device's kernels like. Takes minutes for a large
     UNet. Raises BackendUnavailableError if inductor cannot compile it here, for want of a C++ compiler for example.
     """
-    options = {"freezing": True, "max_autotune": inputs[0].is_cuda, "cpp.dynamic_threads": True}
+    on_gpu = inputs[0].is_cuda
+    options = {"freezing": True, "max_autotune": on_gpu, "cpp.dynamic_threads": True}
     try:
         # Only this backend needs the compiler's machinery, whose import takes seconds, and makes a folder.
         with unforked():
@@ -55,19 +75,26 @@ def compile_program(program: nn.Module, inputs: Sequence[Tensor]) -> bytes:
             inductor_cpu.loops_split_evenly(),
             TemporaryDirectory() as scratch,
             fresh_cache(dir=scratch),
+            inductor_cuda.toolkit(Path(scratch) / "cuda") if on_gpu else contextlib.nullcontext(),
             torch.no_grad(),
             warnings.catch_warnings(action="ignore"),
         ):
             with settings_for_export():
                 exported = torch.export.export(program, tuple(inputs), strict=False)
-            if not inputs[0].is_cuda:
+            if not on_gpu:
                 inductor_cpu.prepare(exported.graph)
             path = Path(scratch) / "program.pt2"
             aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
             return path.read_bytes()
     # Whatever the compiler's passes raise: they have dozens of classes.
     except Exception as error:
-        raise BackendUnavailableError(f"inductor cannot compile the program here: {first_line(error)}") from error
+        raise BackendUnavailableError(f"inductor cannot compile the program here: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error, and of a compiler's that is in it the line that says what is wrong."""
+    found = re.search(r"^.*\berror: .*$|^.*\bcannot find -l.*$", str(error), re.MULTILINE)
+    return f"{first_line(error)}: {found[0].strip()}" if found else first_line(error)
 
 
 def open_compiled(
@@ -166,7 +193,7 @@ def package_key(
 
 def compiler_version() -> list[str]:
     """Return what identifies the code here that calls inductor, which a compiled program is kept under."""
-    return [file_sha256(Path(file)) for file in (__file__, inductor_cpu.__file__)]
+    return [file_sha256(Path(file)) for file in (__file__, inductor_cpu.__file__, inductor_cuda.__file__)]
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -247,6 +247,21 @@ class Branching(Program):
         return super().forward(image) if image.sum() > 0 else (image, image)
 
 
+def test_what_the_compiler_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Such as which header is not installed; the first line of the error is "C++ compile error"."""
+    import torch._inductor.config as config
+
+    said = "model.h:15:10: fatal error: cuda.h: No such file or directory"
+    compiler = tmp_path / "g++"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in --version) echo g++ 14;; *) echo "{said}" >&2; exit 1;; esac\n')
+    compiler.chmod(0o700)
+    with (
+        config.patch({"cpp.cxx": (str(compiler),)}),
+        pytest.raises(BackendUnavailableError, match=rf"{said}$"),
+    ):
+        compile_program(Program(), [torch.zeros(IMAGE.shape)])
+
+
 @pytest.mark.parametrize("traceable", [True, False], ids=["no compiler", "untraceable"])
 def test_what_cannot_be_compiled_is_an_error(traceable: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import torch._inductor.config as config
