@@ -61,7 +61,13 @@ class Recompute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         noisy, timesteps = ctx.saved_tensors
-        gradient = input_gradient(ctx.unet, noisy, timesteps, ctx.cotangents)
+        arguments = ctx.unet, noisy, timesteps, ctx.cotangents
+        if torch.compiler.is_dynamo_compiling():  # where a compiled step calls backward()
+            from diffloss_trt.uncompiled import uncompiled
+
+            gradient = uncompiled(input_gradient, *arguments)
+        else:
+            gradient = input_gradient(*arguments)
         scaled: Tensor = _Final.apply(gradient, noisy, upstream)  # type: ignore[no-untyped-call]
         return scaled, None, None, None, None
 

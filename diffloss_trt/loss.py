@@ -290,8 +290,8 @@ class DiffLoss(nn.Module):
         Only `total` is weighted, and only it carries the gradient. A term of weight zero is not computed and is zero.
 
         Under `torch.compile` a loss with backward "fused" is one operation of the graph, which does all that is said
-        here as in eager mode; images are checked when it runs. Any other loss breaks the graph, and so does a
-        `generator`: neither can be used with `fullgraph=True`.
+        here as in eager mode; images are checked when it runs. Any other loss breaks the graph and runs in eager mode,
+        and so does one with a `generator`: neither can be used with `fullgraph=True`.
 
         Args:
             restored: the network's output, [B, C, H, W], floating point, in `value_range`.
@@ -316,12 +316,11 @@ class DiffLoss(nn.Module):
         if torch.compiler.is_dynamo_compiling():
             if self.backward == "fused" and generator is None:
                 return compiled_terms(self, self._handle, restored, target, timesteps, noise)
-            torch._dynamo.graph_break(
-                msg="a DiffLoss breaks the graph unless its backward is fused and no generator is passed"
-            )
-        call = self.prepare(restored, target, timesteps, noise, generator)
-        terms, gradient = self.evaluate(call)
-        return terms if gradient is None else attach(terms, call.images[0], gradient)
+            from diffloss_trt.uncompiled import uncompiled
+
+            terms: Terms = uncompiled(self._terms, restored, target, timesteps, noise, generator)
+            return terms
+        return self._terms(restored, target, timesteps, noise, generator)
 
     @property
     def seed(self) -> int | None:
@@ -345,6 +344,18 @@ class DiffLoss(nn.Module):
         low, high = self.value_range
         # In this form nothing is rounded if the range is [-1, 1] already: near images differ by little more than that.
         return wide(image) * (2 / (high - low)) - (high + low) / (high - low)
+
+    def _terms(
+        self,
+        restored: Tensor,
+        target: Tensor,
+        timesteps: Tensor | None,
+        noise: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Terms:
+        call = self.prepare(restored, target, timesteps, noise, generator)
+        terms, gradient = self.evaluate(call)
+        return terms if gradient is None else attach(terms, call.images[0], gradient)
 
     def prepare(
         self,

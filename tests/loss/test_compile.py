@@ -293,3 +293,42 @@ def test_what_is_not_one_graph_is_right_in_several(exported: Exported, scheduler
             return loss(network(degraded), target, **given)
 
         assert same(run(torch.compile(step, backend="aot_eager"), network), run(step, network), 1e-5)
+
+
+@pytest.mark.parametrize("case", ["from_unet", "half", "engine", "torch", "generator", "torch generator"])
+def test_what_is_not_one_graph_is_not_compiled(
+    case: str, exported: Exported, scheduler: Any, network: nn.Module
+) -> None:
+    """Of a whole step, backward() included: the compiler that users have gets a UNet's gradient wrong."""
+    generator = torch.Generator() if "generator" in case else None
+    if case in ("from_unet", "half"):
+        unet = make_unet("one_level", dtype=torch.float32 if case == "from_unet" else torch.bfloat16)
+        loss = DiffLoss.from_unet(unet, scheduler, **SETTINGS)
+    else:
+        backend: str = "torch" if "torch" in case else "onnxruntime"
+        loss = load(exported, backend, "recompute" if generator is None else "fused")
+    compiled: list[Any] = []
+
+    def compiler(module: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        compiled.extend(node.target for node in module.graph.nodes if node.op == "call_function")
+        return module.forward
+
+    def step(degraded: Tensor, target: Tensor) -> Tensor:
+        restored = network(degraded)
+        total = F.mse_loss(restored, target) + loss(restored, target, generator=generator)
+        total.backward()
+        return total.detach()
+
+    def result(step: Step) -> list[Tensor]:
+        torch.manual_seed(3)
+        if generator is not None:
+            generator.manual_seed(3)
+        network.zero_grad()
+        total = step(*images())
+        return [total, *(parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None)]
+
+    expected = result(step)
+    assert same(result(torch.compile(step, backend=compiler)), expected)
+    assert [target for target in compiled if "conv" in str(target)] == [torch.conv2d] * 2
+    assert F.group_norm not in compiled
+    assert len(compiled) < 20
