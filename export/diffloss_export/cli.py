@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ _MOST_WORKSPACE = (2**63 - 1) // 2**20  # in MiB: TensorRT takes bytes, in 64 bi
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Return 0 when done, 1 when a check failed, 2 for wrong usage or input, 130 when interrupted."""
     _open_closed_streams()
+    _print_any_text()
     try:
         status = _run(_parser().parse_args(argv))
         sys.stdout.flush()
@@ -81,6 +83,15 @@ def _open_closed_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (it stays open)
+
+
+def _print_any_text() -> None:
+    """Let stdout write what its encoding does not have, such as a letter of a path, as Python's stderr does: escaped.
+
+    What handles it already, as surrogateescape does in the C locale, is left alone.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _drop_output() -> None:

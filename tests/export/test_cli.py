@@ -317,6 +317,22 @@ def test_whoever_reads_the_output_may_stop(command: list[str], bundle: Bundle) -
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes, whatever their encoding")
+@pytest.mark.parametrize(
+    ("encoding", "printed"), [("ascii", b"b\\u0101\\xfc\\udcff"), ("utf-8", b"b\xc4\x81\xc3\xbc\\udcff")]
+)
+def test_a_path_that_stdout_cannot_write_is_escaped(
+    command: list[str], bundle: Bundle, tmp_path: Path, encoding: str, printed: bytes
+) -> None:
+    path = os.fsencode(tmp_path / "bāü") + b"\xff"
+    os.symlink(os.fsencode(bundle.path), path)
+    done = subprocess.run(
+        [*command, "inspect", path], capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding}, check=True
+    )
+    assert done.stdout.startswith(os.fsencode(tmp_path) + b"/" + printed + b": format ")
+    assert done.stderr == b""
+
+
 @pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
 def test_streams_that_are_closed(command: list[str], bundle: Bundle, tmp_path: Path) -> None:
     def run(redirection: str, *arguments: object) -> tuple[int, str, str]:
