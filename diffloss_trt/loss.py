@@ -369,6 +369,10 @@ class DiffLoss(nn.Module):
         evaluator = self.evaluator
         if generator is not None and not isinstance(generator, torch.Generator):
             raise InputTypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator")
+        if not evaluator.on_tape and _is_traced():
+            raise InputTypeError(
+                "this loss cannot be traced by torch.jit.trace or make_fx, which do not see how it is computed"
+            )
         if not evaluator.on_tape and _is_transformed(restored):
             raise InputTypeError(
                 "restored is traced by torch.func or forward-mode differentiation, which this loss does not support; "
@@ -494,6 +498,10 @@ def _is_capturing(device: torch.device) -> bool:
         return False
     with torch.cuda.device(device):  # each has a current stream of its own
         return torch.cuda.is_current_stream_capturing()
+
+
+def _is_traced() -> bool:
+    return torch.jit.is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def _is_transformed(image: Any) -> bool:

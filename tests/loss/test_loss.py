@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from diffloss_engine.errors import BackendUnavailableError, BundleError, InputError, InputTypeError
 from diffloss_trt import DiffLoss, NoiseSchedule
@@ -521,6 +522,30 @@ def test_what_would_follow_what_is_on_no_tape_is_refused(
         dual = torch.autograd.forward_ad.make_dual(restored, torch.ones_like(restored))
         with pytest.raises(InputTypeError, match=r"torch\.func or forward-mode"):
             loss(dual, target)
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [lambda call, restored: torch.jit.trace(call, (restored,)), lambda call, restored: make_fx(call)(restored)],
+    ids=["torch.jit.trace", "make_fx"],
+)
+@pytest.mark.parametrize("computed_by", ["fused", "recompute", "a UNet in half precision"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+def test_what_a_tracer_does_not_see_is_not_traced(
+    trace: Callable[..., Any],
+    computed_by: Literal["fused", "recompute", "a UNet in half precision"],
+    exported: tuple[Path, Any, NoiseSchedule],
+    make_batch: Callable[..., Batch],
+) -> None:
+    """What it records would return memory that nothing was written to."""
+    folder, unet, schedule = exported
+    if computed_by == "a UNet in half precision":
+        loss = DiffLoss.from_unet(copy.deepcopy(unet).bfloat16(), schedule, value_range=(-1, 1))
+    else:
+        loss = DiffLoss(shared_evaluator(folder, backward=computed_by), value_range=(-1, 1))
+    restored, target, *_ = make_batch(count=4, dtype=torch.float32)
+    with pytest.raises(InputTypeError, match=r"cannot be traced by torch\.jit\.trace or make_fx"):
+        trace(lambda images: loss(images, target), restored)
 
 
 def test_a_generator_is_one(exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]) -> None:
