@@ -378,6 +378,13 @@ class DiffLoss(nn.Module):
                 "restored is traced by torch.func or forward-mode differentiation, which this loss does not support; "
                 "use backward() or torch.autograd.grad, and reduction='none' for per-sample gradients"
             )
+        given = {"restored": restored, "target": target, "timesteps": timesteps, "noise": noise}
+        for name, tensor in given.items():
+            if _is_vmapped(tensor):
+                raise InputTypeError(
+                    f"{name} is inside torch.func.vmap or functionalize, which no DiffLoss supports; "
+                    "pass the whole batch, with reduction='none' for per-sample losses and gradients"
+                )
         with _counting.lock:
             self.calls += 1
             number = self.calls
@@ -509,6 +516,14 @@ def _is_transformed(image: Any) -> bool:
         return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(image)
     return wrapped or torch.autograd.forward_ad.unpack_dual(image).tangent is not None
+
+
+def _is_vmapped(tensor: Any) -> bool:
+    """Return whether `tensor` belongs to a transform of torch.func that does more than record a tape."""
+    functorch = torch._C._functorch
+    while isinstance(tensor, Tensor) and functorch.is_gradtrackingtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return isinstance(tensor, Tensor) and functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _constant(call: Call, value: float) -> tuple[Terms, Tensor]:

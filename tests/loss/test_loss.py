@@ -20,7 +20,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from diffloss_engine.errors import BackendUnavailableError, BundleError, InputError, InputTypeError
 from diffloss_trt import DiffLoss, NoiseSchedule
+from diffloss_trt.evaluators import EagerEvaluator, Evaluator
 from diffloss_trt.inputs import Backward
+from diffloss_trt.unet import TappedUNet
 from exports import shared_evaluator
 from unets import KINDS, make_unet
 
@@ -522,6 +524,55 @@ def test_what_would_follow_what_is_on_no_tape_is_refused(
         dual = torch.autograd.forward_ad.make_dual(restored, torch.ones_like(restored))
         with pytest.raises(InputTypeError, match=r"torch\.func or forward-mode"):
             loss(dual, target)
+
+
+@pytest.mark.parametrize("backend", ["from_unet", "torch"])
+# torch 2.13: of attention, in `jacrev`.
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_transforms_of_a_tape(
+    backend: str, exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]
+) -> None:
+    """With a tape of PyTorch's own there are the transforms that record one, but none over parts of a batch."""
+    folder, unet, schedule = exported
+    if backend == "from_unet":
+        evaluator: Evaluator = EagerEvaluator(TappedUNet(copy.deepcopy(unet).float(), schedule))
+    else:
+        evaluator = shared_evaluator(folder, backend, "recompute")
+    loss = DiffLoss(evaluator, value_range=(-1, 1), naturalness_weight=1.0, semantic_weight=1.0)
+    restored, target, noise, timesteps = make_batch(count=4, dtype=torch.float32)
+
+    def of_restored(images: Tensor) -> Tensor:
+        return loss(images, target, noise=noise, timesteps=timesteps)
+
+    leaf = restored.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(of_restored(leaf), leaf)
+    for found in (
+        torch.func.grad(of_restored)(restored),
+        torch.func.vjp(of_restored, restored)[1](torch.ones(()))[0],
+        torch.func.jacrev(of_restored)(restored),
+    ):
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    given: dict[str, Any] = {"restored": restored, "target": target, "noise": noise, "timesteps": timesteps}
+    for name in given:
+
+        def of_one(part: Tensor, name: str = name) -> Tensor:
+            return loss(**{key: value[:1] for key, value in given.items()} | {name: part[None]})
+
+        with pytest.raises(InputTypeError, match=rf"{name} is inside torch\.func\.vmap"):
+            torch.func.vmap(of_one)(given[name])
+    with pytest.raises(InputTypeError, match=r"restored is inside torch\.func\.vmap"):
+        torch.func.vmap(torch.func.grad(lambda image: of_restored(image.expand(4, -1, -1, -1))))(restored)
+    with pytest.raises(InputTypeError, match=r"restored is inside torch\.func\.vmap or functionalize"):
+        torch.func.functionalize(of_restored)(restored)
+
+
+def test_no_part_of_a_batch_reaches_an_engine(
+    exported: tuple[Path, Any, NoiseSchedule], make_batch: Callable[..., Batch]
+) -> None:
+    loss = DiffLoss(shared_evaluator(exported[0]), value_range=(-1, 1))
+    restored, target, *_ = make_batch(count=4, dtype=torch.float32)
+    with pytest.raises(InputTypeError, match=r"target is inside torch\.func\.vmap"):
+        torch.func.vmap(lambda image: loss(restored[:1], image[None]))(target)
 
 
 @pytest.mark.parametrize(
