@@ -17,7 +17,7 @@ from diffloss_trt.loss import DiffLoss
 from diffloss_trt.objective import Terms
 
 Reduction = Literal["none", "mean", "sum"]
-# Of `DiffLoss.load`, and of the criteria here.
+# Of `DiffLoss.load`, beside those that the criteria here have themselves.
 _OPTIONS = [
     name for name in inspect.signature(DiffLoss.load).parameters if name not in ("bundle", "reduction", "value_range")
 ]
@@ -53,7 +53,8 @@ class DiffLossCriterion(nn.Module):
     ) -> None:
         super().__init__()
         if unknown := options.keys() - _OPTIONS:
-            raise InputTypeError(f"unknown option {min(unknown)!r}; expected one of {', '.join(_OPTIONS)}")
+            own = [name for name in inspect.signature(DiffLossCriterion).parameters if name != "options"]
+            raise InputTypeError(f"unknown option {min(unknown)!r}; expected one of {', '.join(own + _OPTIONS)}")
         self.loss_weight = loss_weight
         self.reduction = reduction
         if value_range is None:

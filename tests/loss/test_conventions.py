@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,10 +111,13 @@ def test_wrong_options_are_refused_when_the_loss_is_made(bundle: Path, tmp_path:
         DiffLossCriterion(bundle, data_range=0)
     with pytest.raises(InputError, match="both data_range and value_range are given"):
         DiffLossCriterion(bundle, value_range=(-1, 1), data_range=2.0)
-    with pytest.raises(
-        InputTypeError, match="unknown option 'weight'; expected one of backend, device, naturalness_weight"
-    ):
-        DiffLossCriterion(bundle, weight=1)
+    for kind in (DiffLossCriterion, PerceptualDiffLoss):
+        with pytest.raises(InputTypeError, match="unknown option 'weight'; expected one of ") as caught:
+            kind(bundle, weight=1)
+        named = str(caught.value).partition("expected one of ")[2].split(", ")
+        assert named[:5] == ["bundle", "loss_weight", "reduction", "data_range", "value_range"]
+        assert set(named) == {*inspect.signature(DiffLoss.load).parameters, "loss_weight", "data_range"}
+        assert len(set(named)) == len(named)
 
 
 def test_images_around_zero(bundle: Path, images: Batch) -> None:
