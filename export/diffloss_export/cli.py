@@ -142,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     onnx.add_argument(
         "-o",
         "--output",
+        type=_path,
         required=True,
         metavar="BUNDLE",
         help="folder to write; it must not exist yet (see --overwrite)",
@@ -167,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     onnx.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     onnx.add_argument(
         "--adm-flags",
-        type=Path,
+        type=_path,
         metavar="FLAGS.json",
         help="JSON file of guided-diffusion flags that a .pt was trained with (default: of 256x256_diffusion_uncond)",
     )
@@ -196,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         "--optimization-level", type=int, metavar="N", help="0 to 5; higher levels search longer for fast kernels"
     )
     build.add_argument(
-        "--timing-cache", type=Path, metavar="FILE", help="file of kernel timings to reuse and to update"
+        "--timing-cache", type=_path, metavar="FILE", help="file of kernel timings to reuse and to update"
     )
     build.add_argument(
         "--hardware-compatibility",
@@ -231,19 +232,23 @@ def _parser() -> argparse.ArgumentParser:
         "--runs", type=int, default=100, metavar="N", help="how many times to run each plan (default: 100)"
     )
     profile.add_argument(
-        "-o", "--output", type=Path, metavar="PICTURE", help="also draw where the time goes, to a file such as time.png"
+        "-o",
+        "--output",
+        type=_path,
+        metavar="PICTURE",
+        help="also draw where the time goes, to a file such as time.png",
     )
     profile.add_argument("--json", action="store_true", help="print one JSON object")
     profile.set_defaults(run=_profile)
     explain = add_command("explain", "draw where in a restored image the loss pushes, and how much")
-    explain.add_argument("--restored", type=Path, required=True, metavar="IMAGE", help="image that a network restored")
-    explain.add_argument("--target", type=Path, required=True, metavar="IMAGE", help="ground truth of the same size")
+    explain.add_argument("--restored", type=_path, required=True, metavar="IMAGE", help="image that a network restored")
+    explain.add_argument("--target", type=_path, required=True, metavar="IMAGE", help="ground truth of the same size")
     explain.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="PICTURE", help="file to draw to, such as out.png"
+        "-o", "--output", type=_path, required=True, metavar="PICTURE", help="file to draw to, such as out.png"
     )
     explain.add_argument(
         "--bundle",
-        type=Path,
+        type=_path,
         metavar="BUNDLE",
         help="whose loss to use (default: the built-in prior's, in eager PyTorch)",
     )
@@ -269,14 +274,14 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "bundle",
         nargs="?",
-        type=Path,
+        type=_path,
         metavar="BUNDLE",
         help="also load this bundle, which builds whatever its backend needs",
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
     for command in (build, verify, bench, profile, inspect):
-        command.add_argument("bundle", metavar="BUNDLE", help="folder that 'diffloss-export onnx' wrote")
+        command.add_argument("bundle", type=_path, metavar="BUNDLE", help="folder that 'diffloss-export onnx' wrote")
     automatic = {
         verify: "ONNX Runtime, or PyTorch for a bf16 bundle on a CPU",
         bench: "the first that works here",
@@ -291,6 +296,13 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     return parser
+
+
+def _path(text: str) -> Path:
+    """Take a path; an empty one, as of a shell's variable that is not set, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def _resolution(text: str) -> tuple[int, int]:

@@ -119,10 +119,11 @@ def load_model(
     _refuse({"adm_flags": adm_flags, "sha256": sha256}, source, "is for guided-diffusion checkpoints only")
     if source == BUILTIN:
         _refuse({"revision": revision}, source, "is for Hub ids only")
+        _refuse({"allow_pickle": allow_pickle or None}, source, "is for diffusers folders and Hub ids only")
         with importlib.resources.as_file(importlib.resources.files("diffloss_export").joinpath("builtin")) as folder:
             if not folder.is_dir():
                 raise ModelError("this installation has no built-in prior: diffloss_export/builtin is missing")
-            return _load_folder(folder, source, class_label, allow_pickle)
+            return _load_folder(folder, source, class_label, allow_pickle=False)
     if os.path.isdir(source):
         _refuse({"revision": revision}, source, "is for Hub ids only")
         return _load_folder(Path(source), source, class_label, allow_pickle)

@@ -210,6 +210,17 @@ def test_help_and_wrong_options_do_not_wait_for_torch() -> None:
         (["verify"], "required: BUNDLE"),
         (["verify", "x", "--backend", "abacus"], "invalid choice: 'abacus'"),
         (["inspect", "x", "--yaml"], "unrecognized arguments: --yaml"),
+        (["onnx", "builtin", "-o", ""], "argument -o/--output: the path is empty"),
+        (["onnx", "x.pt", "-o", "x", "--adm-flags", ""], "argument --adm-flags: the path is empty"),
+        *(
+            ([name, ""], "argument BUNDLE: the path is empty")
+            for name in ("build", "verify", "bench", "profile", "inspect", "doctor")
+        ),
+        (["build", "x", "--timing-cache", ""], "argument --timing-cache: the path is empty"),
+        (["profile", "x", "-o", ""], "argument -o/--output: the path is empty"),
+        (["explain", "--restored", ""], "argument --restored: the path is empty"),
+        (["explain", "--target", ""], "argument --target: the path is empty"),
+        (["explain", "--bundle", ""], "argument --bundle: the path is empty"),
     ],
 )
 def test_wrong_usage_is_one_line(run: Run, arguments: list[str], message: str) -> None:
@@ -239,6 +250,7 @@ def test_what_no_model_could_mend_is_refused_before_one_is_loaded(
         (["--resolution", "16x9"], "resolution is 16x9; this UNet takes heights and widths that are multiples of 8"),
         (["--resolution", 0], "resolution is 0x0"),
         (["--revision", "main"], "revision"),
+        (["--allow-pickle"], "allow_pickle is for diffusers folders and Hub ids only; the model is 'builtin'"),
     ],
 )
 def test_settings_that_do_not_fit_the_model(run: Run, tmp_path: Path, options: list[object], message: str) -> None:
