@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import patch
 
 
 @contextmanager
@@ -24,16 +23,19 @@ def toolkit(folder: Path) -> Iterator[None]:
     folder.mkdir()
     if driver := _driver():
         (folder / "libcuda.so").symlink_to(driver)
+    home, before = cpp_extension.CUDA_HOME, dict(os.environ)
     # GCC and Clang look there last. Without a CUDA_HOME inductor gives up.
-    searched = {
-        name: os.pathsep.join(filter(None, [os.environ.get(name), *map(str, places)]))
-        for name, places in (("CPATH", _headers()), ("LIBRARY_PATH", [folder]))
-    }
-    with (
-        patch.dict(os.environ, searched),
-        patch.object(cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME or str(folder)),
-    ):
+    searched = {"CPATH": _headers(), "LIBRARY_PATH": [folder]}
+    try:
+        cpp_extension.CUDA_HOME = home or str(folder)
+        for name, places in searched.items():
+            os.environ[name] = os.pathsep.join(filter(None, [before.get(name), *map(str, places)]))
         yield
+    finally:
+        cpp_extension.CUDA_HOME = home
+        for name in searched:
+            del os.environ[name]
+        os.environ.update({name: before[name] for name in searched if name in before})
 
 
 def _driver() -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -58,6 +59,7 @@ class OrtSession:
         backend: str = "onnxruntime",
         provider_options: Mapping[str, str] | None = None,
     ) -> None:
+        self._session: onnxruntime.InferenceSession | None = None
         if provider_options and device.type != "cuda":
             raise InputError(f"on device {device} ONNX Runtime would silently ignore provider_options")
         runtime = import_runtime()
@@ -77,8 +79,13 @@ class OrtSession:
             # A wheel's libraries are found where it has loaded them. There may be others, that the system has.
             with contextlib.suppress(BackendUnavailableError):
                 import_flavour("tensorrt")
+        options = session_options(runtime)
+        if self._stream is not None:
+            # A buffer that another tensor will take over is not freed meanwhile: of each size as many are held as are
+            # ever needed at once, but the sizes are not needed at the same time (docs/design.md).
+            options.enable_mem_reuse = False
         with on_device(self.device):  # the provider makes its device the current one
-            session = _create(runtime, graph_file, self._providers(provider, provider_options or {}))
+            session = _create(runtime, graph_file, options, self._providers(provider, provider_options or {}))
         if provider not in session.get_providers():
             raise BackendUnavailableError(
                 f"ONNX Runtime opened {graph_file} with {session.get_providers()}, without the {provider} asked for; "
@@ -86,7 +93,7 @@ class OrtSession:
             )
         _compare(graph_file, "inputs", session.get_inputs(), self.inputs)
         _compare(graph_file, "outputs", session.get_outputs(), self.outputs)
-        self._session: onnxruntime.InferenceSession | None = session
+        self._session = session
         _opened.add(self)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,7 +114,13 @@ class OrtSession:
 
     def close(self) -> None:
         # A run in another thread holds its own reference, so that the memory goes when that run is over.
-        self._session = None
+        with on_device(self.device):  # the provider makes its device the current one when it goes, too
+            self._session = None
+
+    def __del__(self) -> None:
+        if self._session is not None and not sys.is_finalizing():
+            with contextlib.suppress(RuntimeError):  # a forked process cannot use a GPU
+                self.close()
 
     def _providers(self, provider: str, more: Mapping[str, str]) -> list[tuple[str, dict[str, str]]]:
         """Return the providers to open a graph with, the preferred one first, and their options."""
@@ -233,14 +246,17 @@ def session_options(runtime: ModuleType) -> onnxruntime.SessionOptions:
 
 
 def _create(
-    runtime: ModuleType, graph_file: Path, providers: list[tuple[str, dict[str, str]]]
+    runtime: ModuleType,
+    graph_file: Path,
+    options: onnxruntime.SessionOptions,
+    providers: list[tuple[str, dict[str, str]]],
 ) -> onnxruntime.InferenceSession:
     states = runtime.capi.onnxruntime_pybind11_state
     try:
         with unforked():
             session = runtime.InferenceSession(
                 graph_file,
-                sess_options=session_options(runtime),
+                sess_options=options,
                 providers=providers,
                 # Otherwise a provider that fails is replaced by another, with a line on stdout.
                 enable_fallback=0,

@@ -68,6 +68,7 @@ def write_graph(program: TracedProgram, weights: WeightFile) -> Graph:
     model = to_onnx(program, {key: weights.initializer(key) for key in program.weights})
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
+    _sort_by_depth(model.graph)
     path = weights.folder / f"{program.name}.onnx"
     ir.save(model, path)
     return Graph(
@@ -79,3 +80,18 @@ def write_graph(program: TracedProgram, weights: WeightFile) -> Graph:
         outputs=tuple(TensorSpec.of(name, tensor) for name, tensor in program.results.items()),
         weights=(weights.relative,),
     )
+
+
+def _sort_by_depth(graph: Any) -> None:
+    """Put each node behind those of fewer predecessors one after the other, as far as the longest chain of them goes.
+
+    ONNX Runtime (1.31) computes of a node's operands the one that stands last in the file first. So the gradient that
+    comes back from the later layers is computed before what is computed once more of the forward pass, which needs not
+    be kept meanwhile: that takes up to half of the memory.
+    """
+    depths: dict[Any, int] = {}
+    for node in graph:
+        depths[node] = 1 + max((depths[before] for before in node.predecessors()), default=0)
+    nodes = sorted(graph, key=depths.__getitem__)
+    graph.remove(nodes)
+    graph.extend(nodes)

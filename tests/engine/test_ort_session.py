@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 import threading
@@ -440,6 +441,21 @@ def test_cuda_is_ordered_with_the_current_stream(
             del image
             result = features.clone()
             torch.testing.assert_close(result.cpu().double(), expected(kernel, given), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by", ["close", "del"])
+def test_a_session_that_goes_leaves_the_current_device(tmp_path: Path, save_conv: SaveConv, by: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    device = torch.device("cuda", 1 - torch.cuda.current_device())
+    session = open_graph(tmp_path, save_conv(tmp_path, "float32"), device)
+    session({name: tensor.to(device) for name, tensor in sample().items()})
+    if by == "close":
+        session.close()
+    del session
+    gc.collect()
+    assert torch.cuda.current_device() != device.index
 
 
 @pytest.mark.gpu

@@ -195,6 +195,20 @@ def test_convolutions_compute_in_the_bundles_precision(exported: Callable[..., E
         assert {dtype(kernel) for kernel in kernels} == {wanted}
 
 
+def test_what_has_fewer_operations_before_it_comes_first(exported: Callable[..., Exported]) -> None:
+    """What the backward pass computes once more of the forward pass lies before all that it waits for."""
+    bundle = exported().bundle
+    for name in bundle.graphs:
+        graph = read_graph(bundle.graph_file(name)).graph
+        depth = {"": 0} | {value.name: 0 for value in (*graph.input, *graph.initializer)}
+        found = []
+        for node in graph.node:
+            found.append(1 + max((depth[value] for value in node.input), default=0))  # each is there already
+            depth |= dict.fromkeys(node.output, found[-1])
+        assert found == sorted(found)
+        assert max(found) > 50
+
+
 @pytest.mark.parametrize("dtype", PRECISIONS.values(), ids=str)
 def test_weight_file_knows_where_each_tensor_lies(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {
