@@ -271,15 +271,8 @@ def _to_copy(emit: Emitter, like: Tensor, x: Any, **_: Any) -> Any:
     return emit.cast(x, like.dtype)
 
 
-@_rule(
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dims,
-    aten.squeeze.dim,
-)
-def _view(emit: Emitter, like: Tensor, x: Any, *_: Any) -> Any:
+@_rule(aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dims, aten.squeeze.dim)
+def _reshape(emit: Emitter, like: Tensor, x: Any, *_: Any) -> Any:
     return emit.reshape(x, like)
 
 

@@ -10,7 +10,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -494,6 +494,17 @@ def test_a_path_may_begin_at_home(exported: tuple[Path, Any, NoiseSchedule], mon
     assert DiffLoss.load(f"~/{exported[0].name}", "onnxruntime", "cpu").evaluator.backend == "onnxruntime"
 
 
+OffTheTape = Literal["fused", "recompute", "a UNet in half precision"]
+
+
+def off_the_tape(computed_by: OffTheTape, exported: tuple[Path, Any, NoiseSchedule]) -> DiffLoss:
+    """Return a loss whose gradient PyTorch's tape does not lead through."""
+    folder, unet, schedule = exported
+    if computed_by == "a UNet in half precision":
+        return DiffLoss.from_unet(copy.deepcopy(unet).bfloat16(), schedule, value_range=(-1, 1))
+    return DiffLoss(shared_evaluator(folder, backward=computed_by), value_range=(-1, 1))
+
+
 @pytest.mark.parametrize(
     "transform",
     [
@@ -503,20 +514,16 @@ def test_a_path_may_begin_at_home(exported: tuple[Path, Any, NoiseSchedule], mon
     ],
     ids=["grad", "vmap", "jvp"],
 )
-@pytest.mark.parametrize("computed_by", ["fused", "recompute", "a UNet in half precision"])
+@pytest.mark.parametrize("computed_by", get_args(OffTheTape))
 # torch 2.13: its first forward-mode derivative scripts functions of its own.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_what_would_follow_what_is_on_no_tape_is_refused(
     transform: Callable[..., Any],
-    computed_by: Literal["fused", "recompute", "a UNet in half precision"],
+    computed_by: OffTheTape,
     exported: tuple[Path, Any, NoiseSchedule],
     make_batch: Callable[..., Batch],
 ) -> None:
-    folder, unet, schedule = exported
-    if computed_by == "a UNet in half precision":
-        loss = DiffLoss.from_unet(copy.deepcopy(unet).bfloat16(), schedule, value_range=(-1, 1))
-    else:
-        loss = DiffLoss.load(folder, "onnxruntime", "cpu", backward=computed_by, value_range=(-1, 1))
+    loss = off_the_tape(computed_by, exported)
     restored, target, *_ = make_batch(count=4, dtype=torch.float32)
     with pytest.raises(InputTypeError, match=r"torch\.func or forward-mode"):
         transform(lambda images: loss(images, target[: len(images)]), restored)
@@ -580,20 +587,16 @@ def test_no_part_of_a_batch_reaches_an_engine(
     [lambda call, restored: torch.jit.trace(call, (restored,)), lambda call, restored: make_fx(call)(restored)],
     ids=["torch.jit.trace", "make_fx"],
 )
-@pytest.mark.parametrize("computed_by", ["fused", "recompute", "a UNet in half precision"])
+@pytest.mark.parametrize("computed_by", get_args(OffTheTape))
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
 def test_what_a_tracer_does_not_see_is_not_traced(
     trace: Callable[..., Any],
-    computed_by: Literal["fused", "recompute", "a UNet in half precision"],
+    computed_by: OffTheTape,
     exported: tuple[Path, Any, NoiseSchedule],
     make_batch: Callable[..., Batch],
 ) -> None:
     """What it records would return memory that nothing was written to."""
-    folder, unet, schedule = exported
-    if computed_by == "a UNet in half precision":
-        loss = DiffLoss.from_unet(copy.deepcopy(unet).bfloat16(), schedule, value_range=(-1, 1))
-    else:
-        loss = DiffLoss(shared_evaluator(folder, backward=computed_by), value_range=(-1, 1))
+    loss = off_the_tape(computed_by, exported)
     restored, target, *_ = make_batch(count=4, dtype=torch.float32)
     with pytest.raises(InputTypeError, match=r"cannot be traced by torch\.jit\.trace or make_fx"):
         trace(lambda images: loss(images, target), restored)
