@@ -104,9 +104,11 @@ def check_graphs(bundle: Bundle) -> None:
             continue
         graph = bundle.graphs[name]
         inputs, outputs = _names(graph.inputs), _names(graph.outputs)
-        if name == NOISE_HEAD and ENCODER in bundle.graphs:
-            takes = [*_names(bundle.graphs[ENCODER].outputs), *takes]
-        if inputs != takes[: len(inputs)] or returns != outputs[: len(returns)]:
+        if name == NOISE_HEAD:
+            encoded = _names(bundle.graphs[ENCODER].outputs) if ENCODER in bundle.graphs else []
+            # Without images, which only other predictions than that of the noise need.
+            takes = encoded if inputs == encoded else [*encoded, *takes]
+        if inputs != takes or returns != outputs[: len(returns)]:
             raise BundleError(
                 f"{bundle.path}: the {name} graph should take {', '.join(takes)} and return {', '.join(returns)}, "
                 f"but in this bundle it takes {', '.join(inputs)} and returns {', '.join(outputs)}"

@@ -271,6 +271,17 @@ def test_names_that_were_not_agreed_on(exported: Exported, tmp_path: Path, graph
         verify_bundle(Bundle.open(folder), device="cpu")
 
 
+@pytest.mark.parametrize("graph", ["encoder", "noise_head", "gradient", "semantic_gradient"])
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_a_tensor_that_is_missing(exported: Exported, tmp_path: Path, graph: str, side: str) -> None:
+    folder = shutil.copytree(exported[0], tmp_path / "bundle")
+    edit_json(folder / "manifest.json", lambda manifest: manifest["graphs"][graph][side].pop())
+    # What the encoder does not return, the noise head cannot take.
+    at_fault = "noise_head" if (graph, side) == ("encoder", "outputs") else graph
+    with pytest.raises(BundleError, match=f"the {at_fault} graph should take"):
+        DiffLoss.load(folder, "torch", "cpu")
+
+
 @pytest.mark.parametrize(
     ("graph", "side", "index", "shape", "expected"),
     [
