@@ -33,9 +33,10 @@ from diffloss_engine.ort_session import OrtSession, import_runtime, session_opti
 from diffloss_export.models import load_model
 from diffloss_export.onnx_write import WeightFile, write_graph
 from diffloss_trt import DiffLoss
-from diffloss_trt.difference import Pair, Tape, conv2d, upsample_nearest, upsampled_conv2d
+from diffloss_trt.difference import conv2d, upsample_nearest, upsampled_conv2d
 from diffloss_trt.gradient import trace_gradient
 from diffloss_trt.probe import Probe
+from diffloss_trt.tape import Pair, Tape
 from diffloss_trt.traced import TracedProgram
 from diffloss_trt.unet import TappedUNet
 

@@ -13,8 +13,10 @@ from torch.fx.node import map_aggregate
 from diffloss_engine.errors import ModelError, first_line
 from diffloss_engine.exclusive import exclusive
 from diffloss_engine.fp32_precision import settings_for_export
-from diffloss_trt.difference import RULES, Pair, Tape, aten, group_norm, upsampled_conv2d, whole_factors
+from diffloss_trt.difference import RULES, aten, upsampled_conv2d, whole_factors
+from diffloss_trt.norms import group_norm
 from diffloss_trt.objective import wide
+from diffloss_trt.tape import Pair, Tape
 from diffloss_trt.unet import TappedUNet
 
 

@@ -26,8 +26,8 @@ from diffloss_trt.contract import (
     TARGET,
     TIMESTEPS,
 )
-from diffloss_trt.difference import Pair, Tape
 from diffloss_trt.objective import normalised, per_sample, power_of_two, terms_and_cotangents, wide
+from diffloss_trt.tape import Pair, Tape
 from diffloss_trt.traced import TracedProgram
 from diffloss_trt.unet import TappedUNet
 

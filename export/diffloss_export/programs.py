@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffloss_engine.errors import DiffLossError, ModelError
 from diffloss_trt.capture import Captured
 from diffloss_trt.contract import BOTTLENECK, ENCODER, NOISE, NOISE_HEAD, NOISY, TIME_EMBEDDING, TIMESTEPS, skip_name
-from diffloss_trt.difference import Groups
+from diffloss_trt.norms import Groups
 from diffloss_trt.objective import wide
 from diffloss_trt.traced import Tensors, TracedProgram
 from diffloss_trt.unet import Encoded, TappedUNet
@@ -80,7 +80,7 @@ def _attention(
 
 
 def _group_norm(x: Tensor, groups: int, gain: Tensor, offset: Tensor, eps: float, *_: Any) -> Tensor:
-    """`F.group_norm` in float32 at least, with statistics in one pass as in `difference.group_norm`.
+    """`F.group_norm` in float32 at least, with statistics in one pass as in `norms.group_norm`.
 
     ONNX's own norms are not for everything: ONNX Runtime's CUDA provider leaves opset 22's instance norm to the CPU.
     """

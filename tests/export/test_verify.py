@@ -27,7 +27,8 @@ from diffloss_trt.contract import (
     UNET_CONFIG,
     UNET_WEIGHTS,
 )
-from diffloss_trt.difference import RULES, group_norm
+from diffloss_trt.difference import RULES
+from diffloss_trt.norms import group_norm
 from diffloss_trt.probe import Probe
 from diffloss_trt.schedule import NoiseSchedule
 from diffloss_trt.tolerances import DIFFERENCE, PLAIN, Tolerance

@@ -20,8 +20,10 @@ from torch.fx import Node
 from diffloss_engine.errors import ModelError
 from diffloss_trt import NoiseSchedule
 from diffloss_trt.capture import CapturedUNet
-from diffloss_trt.difference import RULES, Pair, Tape, aten, group_norm, upsampled_conv2d
+from diffloss_trt.difference import RULES, aten, upsampled_conv2d
+from diffloss_trt.norms import group_norm
 from diffloss_trt.objective import power_of_two
+from diffloss_trt.tape import Pair, Tape
 from diffloss_trt.unet import TappedUNet
 from unets import KINDS, make_unet
 
