@@ -34,14 +34,14 @@ class Groups:
         spread = of_groups.expand(-1, -1, self.channels // self.count)
         return spread.reshape(-1, self.channels, 1, 1)
 
-    def any_of_each(self, images: Tensor, sides: Sequence[int]) -> Tensor:
-        """Return one value of each group, [B, count, 1], of what is a view of images with these `sides`.
+    def any_of_each(self, pixels: Tensor, sides: Sequence[int]) -> Tensor:
+        """Return one value of each group, [B, count, 1], of images [B, C, H * W, 1] that have these `sides`.
 
         From the middle of the image: near its edge a convolution's padding shows.
         """
         rows, columns = sides if len(sides) == 2 else (math.prod(sides), 1)
-        row, column = divmod(rows // 2 * columns + columns // 2, images.shape[3])
-        chosen = images[:, :: self.channels // self.count, row : row + 1, column : column + 1]
+        middle = rows // 2 * columns + columns // 2
+        chosen = pixels[:, :: self.channels // self.count, middle : middle + 1]
         return chosen.reshape(self.batch, self.count, 1)
 
 

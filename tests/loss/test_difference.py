@@ -7,6 +7,7 @@ derivative on the way from v to v + s d, by Gauss's rule: that is exact here to 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -338,6 +339,17 @@ def test_sums_of_large_images_are_kept_in_the_precision_of_the_tape() -> None:
         gradient = tape.gradient([(end, torch.ones_like(end.value))], x)
         assert gradient.dtype == kept
         assert torch.equal(gradient, torch.full_like(gradient, 5))
+
+
+def test_the_way_back_of_a_large_group_norm_reads_neither_half() -> None:
+    """So that they need not be kept until then."""
+    v, d, g, gain, offset = draw([(4, 6, 64, 64)] * 3 + [(6,)] * 2, F16)
+    tape, x = Tape(SCALES.float(), F16), Pair(v, d)
+    output = group_norm(tape, x, 2, gain, offset, 1e-5, activate=True)
+    expected = tape.gradient([(output, g)], x)
+    for half in (v, d, output.value, output.difference):
+        half.fill_(math.nan)
+    assert torch.equal(tape.gradient([(output, g)], x), expected)
 
 
 @pytest.mark.parametrize(("spread", "mean"), [(1.0, 100.0), (0.02, 0.3), (0.0, 5.3)])
