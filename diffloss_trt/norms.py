@@ -76,9 +76,10 @@ def group_norm(
     batch, channels = shape[:2]
     per = Groups(batch, channels, groups)
     plain = (shape[2], shape[3]) if len(shape) == 4 else (math.prod(shape[2:]), 1)
-    # An odd number of pixels has no shape that the last of the passes could take for its own.
     pixels = math.prod(plain)
+    # An odd number of pixels has no shape that the last of the passes could take for its own.
     again = tape.dtype.itemsize < 4 and pixels >= LARGE and pixels % 2 == 0
+    # For the statistics, for the result, and for both once more on the way back.
     views = [(pixels, 1), plain, (1, pixels), (2, pixels // 2)] if again else [plain] * 4
 
     def viewed(y: Tensor, sides: Sequence[int]) -> Tensor:
@@ -122,7 +123,7 @@ def group_norm(
     slope = None
     if activate:
         # At what is kept: else ONNX Runtime would not make that before the way back, and keep the halves until then.
-        y_u = wide(kept) * gain_u + offset if again else y_v + tape.scaled(y_d)
+        y_u = wide(kept) * gain_u + offset if again else None
         y_v, y_d, slope = _silu_of_halves(tape, y_v, y_d, y_u)
 
     def back(g: Tensor) -> Sequence[Tensor]:
@@ -149,13 +150,18 @@ def group_norm(
 def silu(tape: Tape, x: Pair) -> Pair:
     """`F.silu`; for the form see `group_norm`."""
     v, d = wide(x.value) * 0.5, wide(x.difference) * 0.5
-    v, d, slope = _silu_of_halves(tape, v, d, v + tape.scaled(d))
+    v, d, slope = _silu_of_halves(tape, v, d)
     return tape.record(v, d, [x], lambda g: [wide(g) * (0.5 * slope)])
 
 
-def _silu_of_halves(tape: Tape, v: Tensor, d: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return value and difference of silu(2v), and its derivative with respect to v on the restored branch, at `u`."""
+def _silu_of_halves(tape: Tape, v: Tensor, d: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return value and difference of silu(2v), and its derivative with respect to v on the restored branch.
+
+    u: v on the restored branch, where that is known otherwise than from `d`.
+    """
     scaled = tape.scaled(d)
+    if u is None:
+        u = v + scaled
     t_v, t_u, t_d = torch.tanh(v), torch.tanh(u), torch.tanh(scaled)
     twice_sigmoid, folded = 1 + t_u, v * t_v
     # For v (1 + t_v) and v (1 - t_u t_v), with one operation less.

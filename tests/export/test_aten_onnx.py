@@ -17,7 +17,7 @@ from diffloss_engine.errors import ModelError
 from diffloss_engine.session import open_session
 from diffloss_engine.tensors import TensorSpec
 from diffloss_export.aten_onnx import Emitter, to_onnx
-from diffloss_trt import norms
+from diffloss_trt.norms import group_norm
 from diffloss_trt.objective import wide
 from diffloss_trt.tape import Pair, Tape
 from diffloss_trt.traced import TracedProgram
@@ -152,7 +152,7 @@ def test_statistics_of_a_large_image_are_right_in_onnx_runtime(mean: float, tmp_
     def norm(v: Tensor, d: Tensor) -> Tensor:
         ones = torch.ones_like(v.mean((0, 2, 3)))
         tape = Tape(2.0**-10 * torch.ones_like(wide(v).mean((1, 2, 3))), v.dtype)
-        return norms.group_norm(tape, Pair(v, d), 2, ones, 0 * ones, 1e-5, activate=True).difference
+        return group_norm(tape, Pair(v, d), 2, ones, 0 * ones, 1e-5, activate=True).difference
 
     _, run = to_session(norm, tmp_path, torch.float16, (2, 4, 64, 64))
     found, expected = run(v, d).double(), norm(v.double(), d.double())

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffloss_engine.errors import ModelError
 from diffloss_trt import difference
 from diffloss_trt.difference import RULES, aten
-from diffloss_trt.norms import group_norm
+from diffloss_trt.norms import group_norm, silu
 from diffloss_trt.objective import per_sample, power_of_two
 from diffloss_trt.tape import Pair, Tape
 
@@ -275,7 +275,7 @@ def test_negative_controls_of_a_large_group_norm(right: str, wrong: str, seen_in
 
 def test_negative_control_sees_a_subtraction() -> None:
     def subtracted(tape: Tape, x: Pair) -> Pair:
-        right = RULES[aten.silu.default](tape, x)
+        right = silu(tape, x)
         apart = F.silu(tape.restored(x)) - F.silu(x.value)
         return tape.record(right.value, tape.unscaled(apart), [right], lambda g: [g])
 
@@ -310,7 +310,7 @@ def test_gradients_from_several_taps_and_paths_add_up() -> None:
     (v, d), tape = draw([IMAGE, IMAGE], F64), Tape(SCALES, F64)
     first, last = draw([IMAGE, IMAGE], F64)
     x = Pair(v, d)
-    tap = RULES[aten.silu.default](tape, x)
+    tap = silu(tape, x)
     end = difference.add(tape, difference.multiply(tape, x, tap), x)
     restored = tape.restored(x).requires_grad_()
     activated = F.silu(restored)
@@ -388,7 +388,7 @@ def test_silu_far_out(dtype: torch.dtype) -> None:
     apart = torch.tensor([-100, -60, -9, -1, 1, 9, 60, 100], dtype=dtype)
     x = Pair(values.expand(3, -1, 8), (apart / scale.view(-1, 1, 1)).expand(-1, values.shape[1], -1))
     tape = Tape(scale, dtype)
-    output = RULES[aten.silu.default](tape, x)
+    output = silu(tape, x)
     v = x.value.double()
     u = (v + apart.double()).requires_grad_()
     expected = F.silu(u) - F.silu(v)
