@@ -45,6 +45,7 @@ CANDIDATES: dict[str, dict[str, str]] = {
     "NHWC": {"prefer_nhwc": "1"},
     "NHWC, search HEURISTIC": {"prefer_nhwc": "1", "cudnn_conv_algo_search": "HEURISTIC"},
     "NHWC, bias fused": {"prefer_nhwc": "1", "fuse_conv_bias": "1"},
+    "without TF32": {"use_tf32": "0"},
     "arena in powers of two": {"arena_extend_strategy": "kNextPowerOfTwo"},
 }
 
@@ -63,6 +64,7 @@ def _run_candidate(path: Path, name: str, rounds: int) -> dict[str, Any]:
             graph.inputs,
             graph.outputs,
             device=device,
+            precision=bundle.precision,
             provider_options=CANDIDATES[name],
         )
         session(inputs)

@@ -40,12 +40,14 @@ class OrtSession:
 
     Inputs are read and outputs written where torch keeps them, without a copy, except that an input that is not
     contiguous, or begins at an odd address, is first copied. On CUDA the graph runs on a stream of the session's own,
-    which waits for torch's current stream and is waited for by it; TF32 is off.
+    which waits for torch's current stream and is waited for by it.
 
     In a forked process, such as a data loader's, a session on the CPU goes on, on the calling thread alone.
 
     backend: "onnxruntime", or "onnxruntime-tensorrt": its TensorRT provider, which builds engines when the session is
         opened, and keeps none; what TensorRT cannot take runs on the CUDA provider.
+    precision: of the graph's convolutions and matrix products: "fp16" or "bf16" lets CUDA compute those that are in
+        fp32 all the same in TF32, because without it none would use tensor cores.
     provider_options: more of ONNX Runtime's options for the provider, on CUDA, or others in the place of ours.
     """
 
@@ -57,6 +59,7 @@ class OrtSession:
         *,
         device: torch.device,
         backend: str = "onnxruntime",
+        precision: str | None = None,
         provider_options: Mapping[str, str] | None = None,
     ) -> None:
         self._session: onnxruntime.InferenceSession | None = None
@@ -68,6 +71,7 @@ class OrtSession:
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         self.device = concrete_device(device)
+        self._half = precision in ("fp16", "bf16")
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         # Runs on one CUDA stream share its cuBLAS and cuDNN handles, which only one thread may use at a time.
         self._enqueuing = ProcessLock()
@@ -129,8 +133,9 @@ class OrtSession:
         place = {"device_id": str(self.device.index), "user_compute_stream": str(self._stream.cuda_stream)}
         cuda = {
             **place,
-            # TF32 has the mantissa of fp16, in a graph that asks for fp32.
-            "use_tf32": "0",
+            # TF32 has the mantissa of fp16, in a graph that asks for fp32. But where it is off, convolutions of every
+            # type are kept off the tensor cores (ONNX Runtime 1.31).
+            "use_tf32": "1" if self._half else "0",
             # The default doubles the arena whenever it grows, at the expense of the training it runs beside.
             "arena_extend_strategy": "kSameAsRequested",
         }

@@ -62,14 +62,15 @@ def open_session(
 ) -> Session:
     """Load an ONNX file, whose integrity the caller has verified, into the runtime called `backend`.
 
-    digest, precision: of the file and its weights, for TensorRT, which keeps plans: see `open_plan`.
+    digest: of the file and its weights, for TensorRT, which keeps plans: see `open_plan`.
+    precision: of the graph, which TensorRT checks: see `build_plan`; and ONNX Runtime on a GPU: see `OrtSession`.
 
     Raises BackendUnavailableError if the backend is unknown, not installed, or cannot run this graph on `device`;
     BundleError if the file is not a graph with these inputs and outputs; InputError if TensorRT is not told digest and
     precision.
     """
     if backend in ORT_BACKENDS:
-        return OrtSession(graph_file, inputs, outputs, device=device, backend=backend)
+        return OrtSession(graph_file, inputs, outputs, device=device, backend=backend, precision=precision)
     if backend in FLAVOURS:
         from diffloss_engine.trt_session import open_plan
 

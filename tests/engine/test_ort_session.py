@@ -421,6 +421,38 @@ def test_cuda_provider_options(tmp_path: Path, save_conv: SaveConv, kernel: Kern
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "precision"), [("float16", "fp16"), ("bfloat16", "bf16")])
+def test_cuda_uses_tensor_cores_in_half_precision(
+    tmp_path: Path, save_graph: SaveGraph, dtype: str, precision: str, cuda: torch.device
+) -> None:
+    """Where TF32 is off, ONNX Runtime keeps convolutions of every type off them."""
+
+    def milliseconds(dtype: str, precision: str) -> float:
+        image, weight = TensorSpec("x", dtype, (32, 256, 64, 64)), torch.randn(256, 256, 3, 3).to(DTYPES[dtype].torch)
+        content = weight.view(torch.uint8).numpy().tobytes()
+        graph = save_graph(
+            tmp_path / f"{dtype}.onnx",
+            [helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])],
+            [image],
+            [replace(image, name="y")],
+            [helper.make_tensor("w", DTYPES[dtype].onnx, weight.shape, content, raw=True)],
+        )
+        session = OrtSession(tmp_path / graph.file, graph.inputs, graph.outputs, device=cuda, precision=precision)
+        given = {"x": torch.randn(image.shape, device=cuda).to(image.torch_dtype)}
+        for _ in range(3):
+            session(given)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(10):
+            session(given)
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    assert 2 * milliseconds(dtype, precision) < milliseconds("float32", "fp32")
+
+
+@pytest.mark.gpu
 def test_cuda_is_ordered_with_the_current_stream(
     tmp_path: Path, save_conv: SaveConv, kernel: Kernel, cuda: torch.device
 ) -> None:
