@@ -256,7 +256,8 @@ def test_it_is_the_capture_of_the_loss_s_own_device_that_counts(make_loss: Calla
         pytest.skip("needs two GPUs")
     loss = make_loss(5).to("cuda:1")
     image, other = torch.rand(2, 2, 3, 16, 16, device="cuda:1")
-    with torch.cuda.device(1), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    # PyTorch's own stream for captures is one for the whole process, on the GPU of the first that there was.
+    with torch.cuda.device(1), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(1)):
         torch.zeros(1, device="cuda:1")
         with torch.cuda.device(0), pytest.raises(BackendError, match="cannot draw while a CUDA graph is captured"):
             loss(image, other)
