@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from diffloss_engine.errors import BackendError, BackendUnavailableError
+from diffloss_engine.memory import memory_advice
 from diffloss_engine.tensors import TensorSpec
 from diffloss_engine.trt_build import import_flavour, make_runtime, recording_logger
 from diffloss_engine.trt_session import load_engine
@@ -78,11 +79,15 @@ def _measure(
     logger = recording_logger(trt)
     runtime = make_runtime(trt, logger)
     engine = load_engine(flavour, runtime, logger, plan, specs)
-    context = engine.create_execution_context()
+    # A plan of TensorRT-RTX, built to allocate no memory when it runs, allows no other strategy.
+    context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
     if context is None:
         raise BackendError(f"{trt.__name__} could not make an execution context: {logger.take()}")
     stream = driver.Stream()
-    inputs, _held = _bind(driver, trt, engine, context)
+    try:
+        inputs, _held = _bind(driver, trt, engine, context)
+    except driver.MemoryError as error:
+        raise BackendError(f"{trt.__name__} cannot run the plan: {error}{memory_advice(error, specs)}") from error
 
     def run() -> float:
         for pinned, memory in inputs:
@@ -108,10 +113,16 @@ def _measure(
 
 
 def _bind(driver: ModuleType, trt: ModuleType, engine: Any, context: Any) -> tuple[list[tuple[Any, Any]], list[Any]]:
-    """Give each tensor memory; return the inputs' (pinned, on the GPU), and everything that must live as long."""
+    """Give each tensor memory, and the plan scratch memory.
+
+    Return the inputs' (pinned, on the GPU), and everything that must live as long.
+    """
     import numpy as np
 
-    inputs, held = [], []
+    scratch_bytes = int(engine.device_memory_size_v2)
+    scratch = driver.mem_alloc(max(1, scratch_bytes))
+    context.set_device_memory(int(scratch), scratch_bytes)
+    inputs, held = [], [scratch]
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
         # By bytes: NumPy has no bfloat16.
