@@ -160,7 +160,6 @@ def open_plan(
     capability = gpu_identity(device)["compute_capability"]
 
     def build() -> memoryview:
-        check_gpu(flavour)  # before minutes are spent
         torch.cuda.empty_cache()  # the builder leaves out what does not fit into what is free
         with long_wait(f"building a plan of {graph_file} with {flavour}"):
             return build_plan(graph_file, flavour=flavour, precision=precision)
@@ -169,6 +168,7 @@ def open_plan(
         return TrtSession(plan, inputs, outputs, flavour=flavour, device=device, precision=precision)
 
     with torch.cuda.device(device):
+        check_gpu(flavour)  # before minutes are spent, or a plan is set aside that other machines' GPUs run
         return open_kept_or_built(cache, key, build, load, capability=capability)
 
 
