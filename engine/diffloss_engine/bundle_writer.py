@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from diffloss_engine import strict_json
 from diffloss_engine.bundle import Bundle
 from diffloss_engine.errors import BundleError, InputError
 from diffloss_engine.hashed_files import file_sha256, flush_to_disk, list_files
@@ -26,8 +27,9 @@ class BundleWriter:
     A `with` block that is left without `commit`, or by any exception, leaves nothing behind. A process that is killed
     leaves its hidden folder; the manifest is the last file written into it, so that a part is never taken for a whole.
 
-    Raises InputError, before any work, if the parent folder of `destination` is missing or not writable, or if
-    `destination` exists; an empty folder does not count as existing, and with `overwrite` neither does a bundle.
+    Raises InputError, before any work, if the parent folder of `destination` is missing, not writable or in another
+    bundle, or if `destination` exists; an empty folder does not count as existing, and with `overwrite` neither does a
+    bundle.
     """
 
     def __init__(self, destination: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -45,6 +47,12 @@ class BundleWriter:
             raise InputError(f"{self.destination} cannot be written: the folder {parent} does not exist")
         if not os.access(parent, os.W_OK | os.X_OK):
             raise InputError(f"{self.destination} cannot be written: the folder {parent} is not writable")
+        for folder in self.destination.parents:
+            if _is_bundle(folder):
+                raise InputError(
+                    f"{self.destination} is not written: it would be in the bundle {folder}, which could not be opened "
+                    "any more"
+                )
         if os.path.ismount(self.destination):
             raise InputError(
                 f"{self.destination} cannot be replaced: a file system is mounted there; name a folder inside it"
@@ -154,3 +162,12 @@ class BundleWriter:
     def _sibling(self, purpose: str) -> Path:
         """A fresh hidden name beside the destination, hence on the same file system: renaming is atomic there."""
         return self.destination.with_name(f".{self.destination.name}.{purpose}-{secrets.token_hex(4)}")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Return whether `folder` has a bundle's manifest; many other programs call a file of theirs so too."""
+    try:
+        Manifest.from_json(strict_json.read_json(folder / MANIFEST))
+    except BundleError:
+        return False
+    return True

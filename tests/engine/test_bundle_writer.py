@@ -221,6 +221,17 @@ def test_a_mount_point_is_refused_before_any_work(tmp_path: Path, monkeypatch: p
     BundleWriter(tmp_path / "bundle")
 
 
+def test_folder_in_a_bundle_is_refused_before_any_work(tmp_path: Path, bundle: Bundle) -> None:
+    """It would belong to that bundle's files, of which the manifest knows all."""
+    (bundle.path / "empty").mkdir()
+    for destination in (bundle.path / "second", bundle.path / "empty" / "second"):
+        with pytest.raises(InputError, match=r"second is not written: it would be in the bundle .*/bundle, which"):
+            BundleWriter(destination)
+    Bundle.open(bundle.path)
+    (tmp_path / "manifest.json").write_text('{"name": "an extension of a browser"}')
+    BundleWriter(tmp_path / "second")
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_parent_that_is_not_writable_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o555)
