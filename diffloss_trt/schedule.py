@@ -73,6 +73,10 @@ class NoiseSchedule:
                 "take other timesteps; expected a scheduler with discrete timesteps"
             )
         prediction_type = config.get("prediction_type", "epsilon")
+        if config.get("rescale_betas_zero_snr") and float(table[-1]) == 2**-24:
+            # Samplers that divide by the last, which is zero, put this there; it may be above the one before it
+            # (diffusers 0.42).
+            table = torch.cat([table[:-1], table.new_zeros(1)])
         try:
             return cls(table, prediction_type)
         except InputError as error:

@@ -95,6 +95,17 @@ def test_any_scheduler_with_betas(scheduler: Any) -> None:
     assert schedule.prediction_type == scheduler.config.prediction_type
 
 
+@pytest.mark.parametrize("steps", [200, 1000])
+@pytest.mark.parametrize("sampler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_zero_terminal_snr_is_zero_whatever_a_sampler_puts_in_its_place(sampler: Any, steps: int) -> None:
+    settings: dict[str, Any] = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    same = {"num_train_timesteps": steps, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+    found = NoiseSchedule.from_scheduler(sampler(**same, **settings)).alphas_cumprod
+    expected = DDIMScheduler(**same, **settings).alphas_cumprod.double()
+    assert float(expected[-1]) == 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_scheduler_without_betas() -> None:
     with pytest.raises(ModelError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
         NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler())
