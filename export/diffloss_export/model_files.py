@@ -91,7 +91,10 @@ def read_pickle(file: IO[bytes], path: Path) -> dict[str, Tensor]:
 
 def to_float32(tensor: Tensor, what: str) -> Tensor:
     """Return a copy of a floating-point tensor in float32. Raises ModelError, naming `what`, unless it is finite."""
-    if tensor.dtype not in _FLOATS or tensor.layout != torch.strided:
+    if tensor.layout != torch.strided or tensor.is_meta:
+        kind = "meta" if tensor.is_meta else "sparse or nested"
+        raise ModelError(f"{what} is a {kind} tensor, expected a dense one")
+    if tensor.dtype not in _FLOATS:
         raise ModelError(f"{what} is {str(tensor.dtype).removeprefix('torch.')}, expected a 16, 32 or 64 bit float")
     # A copy even of float32: what safetensors returns is a view of the file, which may change later.
     converted = tensor.to(torch.float32, copy=True)

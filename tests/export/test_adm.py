@@ -624,6 +624,13 @@ def test_values_that_are_no_plain_floats(tmp_path: Path) -> None:
     refused(save(state, tmp_path), in_json(network.flags), "'out.2.bias' is int64")
 
 
+def test_tensors_that_are_not_dense(tmp_path: Path) -> None:
+    network = random_network("plain")
+    for bias, kind in ((torch.zeros(3).to_sparse(), "a sparse or nested"), (torch.zeros(3, device="meta"), "a meta")):
+        path = save(network.state | {"out.2.bias": bias}, tmp_path)
+        refused(path, in_json(network.flags), f"'out.2.bias' is {kind} tensor, expected a dense one")
+
+
 def test_file_that_is_not_there() -> None:
     refused("no/such/model.pt", in_json(SMALL), "cannot be read: No such file")
     refused("a\0b.pt", in_json(SMALL), "cannot be read")
