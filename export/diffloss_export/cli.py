@@ -414,9 +414,12 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _print_report(report: Report) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("check", "quantity", "error", "allowed", "", title=f"{report.backend} against float64 eager PyTorch")
+    # On a narrow terminal rich would cut the exponents off.
+    words = [Column(name, overflow="fold") for name in ("check", "quantity")]
+    numbers = [Column(name, no_wrap=True) for name in ("error", "allowed", "")]
+    table = Table(*words, *numbers, title=f"{report.backend} against float64 eager PyTorch")
     for row in report.rows:
         table.add_row(
             row.check, row.quantity, f"{row.error:.2g}", f"{row.tolerance:.2g}", "ok" if row.passed else "FAILED"

@@ -308,6 +308,14 @@ def test_verify_prints_every_comparison(run: Run, bundle: Bundle) -> None:
     assert "FAILED" not in out
 
 
+def test_verify_cuts_no_number_on_a_narrow_terminal(run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    status, out, _ = run("verify", bundle.path, "--device", "cpu")
+    assert status == 0
+    assert "2e-05" in out
+    assert "…" not in out
+
+
 def test_verify_as_json(run: Run, bundle: Bundle) -> None:
     status, out, _ = run("verify", bundle.path, "--device", "cpu", "--json")
     assert status == 0
