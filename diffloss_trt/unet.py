@@ -169,6 +169,8 @@ def check_unet(unet: Any) -> None:
             f"expected {channels} (the prediction) or {2 * channels} (the prediction and a variance)"
         )
     for key, weight in unet.state_dict().items():
+        if weight.is_meta:
+            raise ModelError(f"{name}: weight {key} is on the meta device, where it has no values; load them first")
         if not bool(torch.isfinite(weight).all()):
             raise ModelError(f"{name}: weight {key} holds NaN or infinite values")
 

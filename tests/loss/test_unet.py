@@ -155,6 +155,7 @@ def broken(value: float) -> Any:
         ),
         (lambda: broken(float("nan")), r"up_blocks\.0\.resnets\.0\.conv1\.bias holds NaN or infinite"),
         (lambda: broken(float("inf")), r"up_blocks\.0\.resnets\.0\.conv1\.bias holds NaN or infinite"),
+        (lambda: nn.Module.to(make_unet("one_level"), "meta"), r"conv_in\.weight is on the meta device"),
     ],
 )
 def test_unets_that_cannot_be_used(make: Callable[[], Any], message: str) -> None:
