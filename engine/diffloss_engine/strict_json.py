@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -46,7 +47,12 @@ def read_limited(path: Path, error_class: type[DiffLossError]) -> bytes:
 def parse_json(content: bytes, where: str) -> Any:
     """Parse UTF-8 JSON without NaN, infinities or repeated keys. Raises BundleError, naming `where`, if it is not."""
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        return json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_float=_finite,
+            parse_constant=_refuse_constant,
+        )
     # Deep nesting is the one malformed input that the json module does not report as a ValueError.
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{where} is not valid JSON: {error}") from error
@@ -82,6 +88,14 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError(f"an object repeats a key: {sorted(key for key, _ in pairs)}")
     return found
+
+
+def _finite(text: str) -> float:
+    # What is beyond a float, such as 1e999, is read as infinity.
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is beyond the range of a float")
+    return number
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -212,12 +212,13 @@ def test_newer_version_says_which_one_is_needed_before_anything_else(bundle: Bun
         (b"\xff\xfe", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"format": NaN}', "NaN"),
+        (b'{"format": 1e999}', "1e999"),
         (b'{"format": "a", "format": "diffloss-bundle"}', "repeats a key"),
         (b"[]", "is an array, expected an object"),
         (b"{}", "format is None, expected 'diffloss-bundle'"),
         (b" " * (16 * 1024 * 1024 + 1), "larger than"),
     ],
-    ids=["empty", "cut", "not UTF-8", "deep", "NaN", "repeated", "array", "no format", "large"],
+    ids=["empty", "cut", "not UTF-8", "deep", "NaN", "beyond a float", "repeated", "array", "no format", "large"],
 )
 def test_malformed_manifest_is_refused(bundle: Bundle, content: bytes, message: str) -> None:
     (bundle.path / "manifest.json").write_bytes(content)
