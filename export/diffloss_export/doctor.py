@@ -208,7 +208,8 @@ def _result(child: subprocess.Popen[str], timeout: float | None) -> Report | str
         return f"no answer within {timeout:g} s"
     if child.returncode < 0:
         return f"it ended its process by signal {-child.returncode} ({signal.strsignal(-child.returncode)})"
-    if child.returncode > 0:
+    lines = out.splitlines()
+    if child.returncode > 0 or not lines:
         return next(reversed(err.strip().splitlines()), f"it ended its process with status {child.returncode}")
-    result: Report = json.loads(out.splitlines()[-1])
+    result: Report = json.loads(lines[-1])
     return result
