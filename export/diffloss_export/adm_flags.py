@@ -232,7 +232,7 @@ def _text(value: Any) -> str | None:
 
 
 def _numbers(value: Any) -> tuple[float, ...] | None:
-    parts = value.split(",") if isinstance(value, str) and value else value or []
+    parts = [] if value == "" else value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, list) or not all(type(part) in (int, float, str) for part in parts):
         return None
     numbers = tuple(float(part) for part in parts)

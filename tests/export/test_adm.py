@@ -305,6 +305,8 @@ def test_flags_as_text_and_as_json() -> None:
         ({"attention_resolutions": "0"}, "attention_resolutions is '0'"),
         ({"attention_resolutions": [1.5]}, "attention_resolutions is"),
         ({"attention_resolutions": {"a": 1}}, "attention_resolutions is"),
+        ({"attention_resolutions": False}, "attention_resolutions is False"),
+        ({"channel_mult": None}, "channel_mult is None"),
         ({"channel_mult": "1,-2"}, "channel_mult is '1,-2'"),
         ({"channel_mult": [float("nan")]}, "channel_mult is"),
         ({"channel_mult": "1e308"}, "channel_mult is (1e+308,), expected numbers up to 1024"),
