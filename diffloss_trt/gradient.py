@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffloss_engine.batching import run_batched
+from diffloss_engine.hashed_files import file_sha256
 from diffloss_engine.session import Session
 from diffloss_trt.capture import CapturedUNet
 from diffloss_trt.contract import (
@@ -56,8 +57,8 @@ def program_version() -> str:
     That is this package's own source, and the version of diffusers, which says what the UNet computes.
     """
     sources = sorted(Path(__file__).parent.glob("*.py"))
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
-    return hashlib.sha256(" ".join([version("diffusers"), *digests]).encode()).hexdigest()
+    parts = [version("diffusers"), *map(file_sha256, sources)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def trace_gradient(

@@ -192,8 +192,8 @@ def reload_unet(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Any
         raise
     # A constructor fed with wrong values raises anything.
     except Exception as error:
-        first = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines()
         raise BundleError(
-            f"{bundle.path}: the UNet's weights do not fit its configuration: {' '.join(first[:2])}"
+            f"{bundle.path}: the UNet's weights do not fit its configuration: {' '.join(lines[:2])}"
         ) from error
     return unet

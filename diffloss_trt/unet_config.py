@@ -55,12 +55,12 @@ def build_unet(config: dict[str, Any]) -> UNet2DModel:
     own = config.get(_OWN, {})
     if not isinstance(own, dict) or set(own) - {_HEADS, _SINUSOID} or not isinstance(own.get(_HEADS, {}), dict):
         raise ValueError(f"{_OWN!r} must be an object with {_HEADS!r} (an object), {_SINUSOID!r} or both, not {own!r}")
-    for name in ("layers_per_block", "block_out_channels"):
+    for name, most in _MOST.items():
         # A slip here would be built for hours.
         numbers = config.get(name, 1)
         numbers = numbers if isinstance(numbers, list | tuple) else [numbers]
-        if len(numbers) > _MOST_LEVELS or any(type(number) is not int or number > _MOST[name] for number in numbers):
-            raise ValueError(f"{name} is {config[name]!r}, expected at most {_MOST_LEVELS} numbers up to {_MOST[name]}")
+        if len(numbers) > _MOST_LEVELS or any(type(number) is not int or number > most for number in numbers):
+            raise ValueError(f"{name} is {config[name]!r}, expected at most {_MOST_LEVELS} numbers up to {most}")
     with torch.device("meta"):
         unet: UNet2DModel = UNet2DModel.from_config({key: value for key, value in config.items() if key != _OWN})
         if _SINUSOID in own:

@@ -227,7 +227,7 @@ def _clamp(emit: Emitter, like: Tensor, x: Any, low: float | None = None, high: 
 
 @_rule(aten.gt.Scalar)
 def _greater(emit: Emitter, like: Tensor, x: Any, bound: float) -> Any:
-    return emit.op("Greater", [x, emit.constant(torch.tensor(bound, dtype=_torch_dtype(x)))], like)
+    return emit.op("Greater", [x, emit.operand(bound, _torch_dtype(x))], like)
 
 
 def _torch_dtype(value: ir.Value) -> torch.dtype:

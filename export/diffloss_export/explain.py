@@ -21,6 +21,7 @@ from diffloss_export.models import BUILTIN, load_model
 from diffloss_export.pictures import check_place
 from diffloss_trt import DiffLoss
 from diffloss_trt.loss import BATCH
+from diffloss_trt.objective import Terms
 from diffloss_trt.sampling import TimestepSampler, uniform_range
 
 _AT_ONCE = 8  # tiles
@@ -49,10 +50,7 @@ class Explanation:
     @property
     def terms(self) -> dict[str, float]:
         """The terms' means over all timesteps, by name."""
-        return {
-            name: math.fsum(row[name] for row in self.rows) / len(self.rows)
-            for name in ("total", "naturalness", "semantic")
-        }
+        return {name: math.fsum(row[name] for row in self.rows) / len(self.rows) for name in Terms._fields}
 
 
 def explain(
@@ -90,7 +88,7 @@ def explain(
         shifts = [int(torch.randint(size, (), generator=generator)) for size in tile]
         tops, lefts = (_starts(*sizes) for sizes in zip(images.shape[2:], tile, shifts, strict=True))
         places = [(slice(top, top + tile[0]), slice(left, left + tile[1])) for top in tops for left in lefts]
-        sums = dict.fromkeys(("total", "naturalness", "semantic"), 0.0)
+        sums = dict.fromkeys(Terms._fields, 0.0)
         for first in range(0, len(places), _AT_ONCE):
             chosen = places[first : first + _AT_ONCE]
             tiles = torch.stack([images[:, :, rows_, columns] for rows_, columns in chosen], dim=1)
