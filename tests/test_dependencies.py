@@ -135,6 +135,13 @@ def test_everything_declared_is_pinned_within_its_bounds() -> None:
     assert unpinned(versions | {"filelock": Version("3.29.9")}) == ["filelock>=3.30"]
 
 
+def test_bounds_that_the_security_page_names() -> None:
+    named = re.findall(r"^\| (\S+) >= (\S+) \|", (ROOT / "docs" / "security.md").read_text("utf-8"), re.MULTILINE)
+    bounds = {(found.name, part.version) for found in requirements("cpu") for part in found.specifier}
+    assert named
+    assert set(named) <= bounds
+
+
 @pytest.mark.parametrize(
     "line",
     ["torch==2.13.0+cpu", "torch @ file:///wheels/torch.whl", "--find-links /wheels", "torch>=2.11", "a==1\nA==1", ""],
