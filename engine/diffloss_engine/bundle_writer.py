@@ -95,7 +95,8 @@ class BundleWriter:
         """Write the manifest over everything in `path`, move the folder to the destination, and open it there.
 
         The fields are those of `Bundle`. Equal files and fields give a byte-identical manifest. Raises BundleError,
-        and leaves the destination as it was, if the result would not open, or cannot be written.
+        and leaves the destination as it was, if the result would not open, or cannot be written; and what `check` does,
+        or InputError if something has come to be at the destination meanwhile.
         """
         folder = self.path
         by_name: dict[str, Graph] = {}

@@ -27,7 +27,10 @@ _MOST_WORKSPACE = (2**63 - 1) // 2**20  # in MiB: TensorRT takes bytes, in 64 bi
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Return 0 when done, 1 when a check failed, 2 for wrong usage or input, 130 when interrupted."""
+    """Run a command. Return 0 when done, 1 when a check failed, 2 for wrong usage or input.
+
+    Where a signal ended it, that is 128 plus the signal's number: 130 for Ctrl-C.
+    """
     _open_closed_streams()
     _print_any_text()
     try:
@@ -170,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         "--adm-flags",
         type=_path,
         metavar="FLAGS.json",
-        help="JSON file of guided-diffusion flags that a .pt was trained with (default: of 256x256_diffusion_uncond)",
+        help="JSON file of guided-diffusion flags that a .pt was trained with (default: those of 256x256_diffusion_uncond)",
     )
     onnx.add_argument("--sha256", metavar="HEX", help="SHA-256 that the .pt must have")
     onnx.add_argument("--class-label", type=int, metavar="N", help="class to use for a class-conditional UNet")
@@ -197,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         "--optimization-level", type=int, metavar="N", help="0 to 5; higher levels search longer for fast kernels"
     )
     build.add_argument(
-        "--timing-cache", type=_path, metavar="FILE", help="file of kernel timings to reuse and to update"
+        "--timing-cache", type=_path, metavar="FILE", help="file of kernel timings to reuse and to update, with tensorrt"
     )
     build.add_argument(
         "--hardware-compatibility",

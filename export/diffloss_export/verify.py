@@ -178,9 +178,10 @@ class _Replay:
                 yield session
 
     def open_gradient(self, name: str) -> Iterator[tuple[str, AbstractContextManager[Session], str]]:
-        """Yield a name, a session to enter, and the precision to hold it to; of what runs no graphs the program too.
+        """Yield each way in which a gradient graph is run: its name, a session to enter, the precision to hold it to.
 
-        And of a widened graph the program in the rounding that it lacks.
+        The graph is replayed; the program is run where the loss runs that and no graphs; and of a graph that is widened
+        the program shows the rounding that it lacks.
         """
         yield name, self.open(name), self.precision
         bundle, graph = self._bundle, self._bundle.graphs[name]
