@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         "--adm-flags",
         type=_path,
         metavar="FLAGS.json",
-        help="JSON file of guided-diffusion flags that a .pt was trained with (default: those of 256x256_diffusion_uncond)",
+        help="JSON file of the guided-diffusion flags of a .pt (default: those of 256x256_diffusion_uncond)",
     )
     onnx.add_argument("--sha256", metavar="HEX", help="SHA-256 that the .pt must have")
     onnx.add_argument("--class-label", type=int, metavar="N", help="class to use for a class-conditional UNet")
@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         "--optimization-level", type=int, metavar="N", help="0 to 5; higher levels search longer for fast kernels"
     )
     build.add_argument(
-        "--timing-cache", type=_path, metavar="FILE", help="file of kernel timings to reuse and to update, with tensorrt"
+        "--timing-cache", type=_path, metavar="FILE", help="file of kernel timings to reuse and update, with tensorrt"
     )
     build.add_argument(
         "--hardware-compatibility",
