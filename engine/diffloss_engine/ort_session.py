@@ -71,7 +71,6 @@ class OrtSession:
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         self.device = concrete_device(device)
-        self._half = precision in ("fp16", "bf16")
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         # Runs on one CUDA stream share its cuBLAS and cuDNN handles, which only one thread may use at a time.
         self._enqueuing = ProcessLock()
@@ -89,7 +88,8 @@ class OrtSession:
             # ever needed at once, but the sizes are not needed at the same time (docs/design.md).
             options.enable_mem_reuse = False
         with on_device(self.device):  # the provider makes its device the current one
-            session = _create(runtime, graph_file, options, self._providers(provider, provider_options or {}))
+            providers = self._providers(provider, precision, provider_options or {})
+            session = _create(runtime, graph_file, options, providers)
         if provider not in session.get_providers():
             raise BackendUnavailableError(
                 f"ONNX Runtime opened {graph_file} with {session.get_providers()}, without the {provider} asked for; "
@@ -126,7 +126,9 @@ class OrtSession:
             with contextlib.suppress(RuntimeError):  # a forked process cannot use a GPU
                 self.close()
 
-    def _providers(self, provider: str, more: Mapping[str, str]) -> list[tuple[str, dict[str, str]]]:
+    def _providers(
+        self, provider: str, precision: str | None, more: Mapping[str, str]
+    ) -> list[tuple[str, dict[str, str]]]:
         """Return the providers to open a graph with, the preferred one first, and their options."""
         if self._stream is None:
             return [(provider, {})]
@@ -135,7 +137,7 @@ class OrtSession:
             **place,
             # TF32 has the mantissa of fp16, in a graph that asks for fp32. But where it is off, convolutions of every
             # type are kept off the tensor cores (ONNX Runtime 1.31).
-            "use_tf32": "1" if self._half else "0",
+            "use_tf32": "1" if precision in ("fp16", "bf16") else "0",
             # The default doubles the arena whenever it grows, at the expense of the training it runs beside.
             "arena_extend_strategy": "kSameAsRequested",
         }

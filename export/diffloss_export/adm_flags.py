@@ -232,10 +232,11 @@ def _text(value: Any) -> str | None:
 
 
 def _numbers(value: Any) -> tuple[float, ...] | None:
-    parts = [] if value == "" else value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, list) or not all(type(part) in (int, float, str) for part in parts):
+    if isinstance(value, str):
+        value = value.split(",") if value else []
+    if not isinstance(value, list) or not all(type(part) in (int, float, str) for part in value):
         return None
-    numbers = tuple(float(part) for part in parts)
+    numbers = tuple(float(part) for part in value)
     return numbers if all(math.isfinite(number) and number > 0 for number in numbers) else None
 
 
