@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ways import AUTOCAST, PRODUCTS, Images, Setting, make_images, ways
 
 from diffloss_engine.bundle import Bundle
+from diffloss_engine.inductor import has_bfloat16
 from diffloss_engine.ort_session import import_runtime, session_options
 from diffloss_trt.contract import GRADIENT
 
@@ -103,7 +104,9 @@ def main() -> None:
     with workplace(args.work) as folder:
         setting = Setting(folder, args.configuration, args.batch_size, _CPU)
         images = make_images(setting, args.batch_size, TIMED_AT)
-        rows = [_of_pytorch(setting, images, EAGER, precision) for precision in ("fp32", AUTOCAST)]
+        # Where the processor does not multiply bf16, autocast is no choice, and takes minutes even of a tiny UNet.
+        precisions = ("fp32", AUTOCAST) if has_bfloat16(_CPU) else ("fp32",)
+        rows = [_of_pytorch(setting, images, EAGER, precision) for precision in precisions]
         rows.append(_of_onnxruntime(make_bundle(folder, args.configuration, "fp32", args.batch_size)))
         for row in rows:
             row["ceiling_flops_per_s"] = _ceiling(PRODUCTS[row["precision"]])
